@@ -1,0 +1,32 @@
+"""The loss of one batch: squared error per sample, weighted by how noisy the sample is."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def snr(alphas: Tensor, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio ᾱ_t / (1 - ᾱ_t) [B] (Kingma et al. 2021, arXiv 2107.00630, equation 2)."""
+    signal = alphas.to(timesteps.device)[timesteps]
+    return signal / (1 - signal)
+
+
+def min_snr_weight(ratio: Tensor, *, gamma: float, prediction: str) -> Tensor:
+    """min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v (Hang et al. 2023, arXiv 2303.09556, section 3.4).
+
+    The paper's weight is min(SNR, γ) on the error of x_0; an error of ε is SNR times, one of v SNR + 1 times as large.
+
+    Args:
+        ratio: SNR [B].
+        gamma: 5 in the paper; at 0 all weights are 1.
+        prediction: "epsilon" or "v_prediction".
+    """
+    if gamma == 0:
+        return ratio.new_ones(ratio.shape)
+    return ratio.clamp(max=gamma) / (ratio if prediction == "epsilon" else ratio + 1)
+
+
+def squared_error(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of each sample [B], formed in fp32."""
+    return F.mse_loss(predicted.float(), wanted.float(), reduction="none").flatten(1).mean(1)
