@@ -1,0 +1,147 @@
+"""What one run is: a TOML file with strict keys. Each default stands here and nowhere else, with its unit.
+
+An unknown key or a wrong type is an error that names the nearest valid key: a misspelt setting that is quietly ignored costs a night.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sdlora.errors import UserError
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LoRAConfig(_Table):
+    """The low-rank layers."""
+
+    rank: int = Field(16, ge=1, le=1024, description="columns of B and rows of A")
+    alpha: float = Field(16.0, gt=0, description="updates are scaled by alpha / rank")
+    targets: str | list[str] = Field("attn", description="preset (attn, attn-mlp, attn-mlp-conv) or patterns for UNet module names")
+    text_encoder: bool = Field(True, description="also train the text encoder's attention")
+
+
+class OptimizerConfig(_Table):
+    """How the weights move."""
+
+    name: Literal["adamw"] = Field("adamw", description="optimizer")
+    learning_rate: float = Field(1e-3, gt=0, description="peak rate of the UNet's layers")
+    text_encoder_learning_rate: float = Field(2e-4, ge=0, description="peak rate of the text encoder's layers")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="course of the rate after warm-up")
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of all gradients together; 0 for none")
+    accumulation: int = Field(1, ge=1, description="batches per step")
+
+
+class FolderConfig(_Table):
+    """One folder of pictures with captions."""
+
+    folder: Path = Field(strict=False, description="pictures, each with a .txt of the same name beside it")
+    repeats: int = Field(1, ge=1, description="how often each picture is seen per epoch")
+
+
+class Config(_Table):
+    """One run."""
+
+    base: str = Field(description="mini, or a diffusers folder")
+    data: list[FolderConfig] = Field(min_length=1, description="a folder, or a list of tables with folder and repeats")
+    kind: Literal["style", "character"] = Field(description="what the pictures have in common")
+    trigger: str = Field("", description="word that calls the LoRA; put first in captions that lack it")
+    name: str = Field(pattern=r"^[\w][\w. -]*$", description="stem of the LoRA file")
+    steps: int = Field(600, ge=1, description="optimizer steps")
+    batch: int = Field(4, ge=1, description="pictures per batch")
+    seed: int = Field(0, ge=0, lt=2**31, description="all chance comes from it")
+    resolution_px: int | None = Field(None, ge=64, multiple_of=8, description="side of the training square; the base's own if not given")
+    caption_dropout: float = Field(0.05, ge=0, lt=1, description="share of captions left empty, so that guidance keeps working")
+    min_snr_gamma: float = Field(5.0, ge=0, description="limit of the loss weight (Hang et al. 2023); 0 for none")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    sample_every: int = Field(200, ge=0, description="steps between sample pictures; 0 for none")
+    sample_prompts: list[str] = Field([], description="prompts of the samples; the first captions if empty")
+    lora: LoRAConfig = LoRAConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+def load(path: Path, *, changes: list[str] | None = None) -> Config:
+    """Reads a run's TOML file; relative data folders are looked for from the file's folder and then from where the command runs.
+
+    Args:
+        changes: "key=value" or "table.key=value", with the value in TOML.
+
+    Raises:
+        UserError: if the file is missing or not TOML, a key is unknown, a type is wrong, or a value is not allowed.
+    """
+    if not path.is_file():
+        raise UserError(f"Config {path} does not exist.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} is not valid TOML: {problem}.") from problem
+    for change in changes or []:
+        _apply(values, change)
+    return parse(values, where=str(path))
+
+
+def parse(values: dict[str, Any], *, where: str) -> Config:
+    """A config from plain values.
+
+    Args:
+        where: names the source in error messages.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    if isinstance(values.get("data"), str):
+        values = values | {"data": [{"folder": values["data"]}]}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as problem:
+        raise UserError(f"{where}: {_sentence(problem)}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML: written into the run folder, it repeats the run."""
+    return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise UserError(f"--set {change}: expected key=value, for example lora.rank=8.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {change}: '{table}' is a value and has no keys of its own.")
+    values[last] = value
+
+
+def _sentence(problem: ValidationError) -> str:
+    """The first mistake in words: where, what was found, what is allowed."""
+    error = problem.errors()[0]
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = _keys_beside(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0)
+        return f"unknown key '{name}'; the nearest valid key is '{near[0]}'. Valid here: {', '.join(valid)}."
+    if error["type"] == "missing":
+        return f"key '{name}' is missing; it is needed."
+    found = f"{error['input']!r} ({type(error['input']).__name__})"
+    return f"'{name}' is {found}; {error['msg'][0].lower()}{error['msg'][1:]}."
+
+
+def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
+    tables: dict[str, type[BaseModel]] = {"lora": LoRAConfig, "optimizer": OptimizerConfig, "data": FolderConfig}
+    return list(tables.get(str(place[0]), Config).model_fields if len(place) > 1 else Config.model_fields)

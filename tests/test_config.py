@@ -1,0 +1,63 @@
+"""Configs: what is written counts, what is misspelt is named."""
+
+from pathlib import Path
+
+import pytest
+
+from sdlora import config
+from sdlora.errors import UserError
+
+RUN = """
+base = "mini"
+data = "pictures"
+kind = "character"
+trigger = "pip"
+name = "pip-v1"
+steps = 60
+[lora]
+rank = 8
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_config_reads_and_writes_back_the_same(tmp_path: Path) -> None:
+    run = config.load(written(tmp_path, RUN))
+    assert (run.name, run.steps, run.lora.rank, run.data[0].folder) == ("pip-v1", 60, 8, Path("pictures"))
+    assert config.load(written(tmp_path, config.to_toml(run))) == run
+
+
+def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
+    run = config.load(written(tmp_path, RUN), changes=["lora.rank=4", "trigger=zog", "optimizer.learning_rate=2e-3"])
+    assert (run.lora.rank, run.trigger, run.optimizer.learning_rate) == (4, "zog", 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (RUN + "aplha = 3\n", r"unknown key 'lora.aplha'; the nearest valid key is 'alpha'"),
+        ("step = 3\n" + RUN, r"unknown key 'step'; the nearest valid key is 'steps'"),
+        (RUN.replace("60", '"sixty"'), r"'steps' is 'sixty' \(str\); input should be a valid integer"),
+        (RUN.replace("60", "0"), r"'steps' is 0 \(int\); input should be greater than or equal to 1"),
+        (RUN.replace('"character"', '"person"'), r"'kind' is 'person' .* 'style' or 'character'"),
+        (RUN.replace('name = "pip-v1"', ""), r"key 'name' is missing"),
+        (RUN.replace("pip-v1", "../pip"), r"'name' is '../pip'"),
+        ("base = ", r"is not valid TOML"),
+    ],
+    ids=["unknown in table", "unknown", "type", "range", "choice", "missing", "traversal", "toml"],
+)
+def test_a_mistake_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config.load(written(tmp_path, text))
+
+
+def test_a_missing_config_and_a_bad_change_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        config.load(tmp_path / "none.toml")
+    for change, sentence in (("rank", "expected key=value"), ("steps.x=1", "'steps' is a value")):
+        with pytest.raises(UserError, match=sentence):
+            config.load(written(tmp_path, RUN), changes=[change])
