@@ -1,0 +1,27 @@
+"""Which device and number format a run uses, and where its chance comes from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def base_dtype(device: torch.device) -> torch.dtype:
+    """The frozen base's format: bf16 on GPUs that have it, fp16 on others, fp32 on the CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator for a key such as (seed, step): numbers drawn there are the same on every device.
+
+    The key's parts are mixed by numpy's `SeedSequence`, so that (0, 1) and (1, 0) share no stream.
+    """
+    mixed = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)

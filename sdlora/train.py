@@ -1,0 +1,217 @@
+"""The story of a run: pictures and captions become latents and text, batches become gradients, gradients become a LoRA file.
+
+`train` is a generator of events. The command line draws a progress bar from them, a test lists them, and `metrics.jsonl` holds them
+for the page; there are no callbacks. All chance comes from (seed, step), so the same config gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdlora import base_model, captions, dataset, devices, latents, lora, lora_file, loss, noise, optimizer, run_folder, text
+from sdlora.base_model import Base
+from sdlora.config import Config
+from sdlora.dataset import Sample
+from sdlora.errors import UserError
+from sdlora.latents import Latents
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A picture was encoded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """Everything is in memory and the first step is next."""
+
+    pictures: int
+    modules: int
+    parameters: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step was taken."""
+
+    step: int
+    loss: float
+    rate: float
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, or at the end the LoRA file, was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """The run is over."""
+
+    path: Path
+    elapsed_s: float
+
+
+Event = Encoding | Started | Step | Saved | Done
+
+
+def train(run: Config, folder: Path) -> Iterator[Event]:
+    """Trains a LoRA as `run` says and leaves everything in `folder`.
+
+    Yields:
+        Encoding per picture, Started, Step and Saved as they happen, Done.
+
+    Raises:
+        UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
+    """
+    began = time.monotonic()
+    samples = [one for part in run.data for one in dataset.scan(part.folder, trigger=run.trigger, repeats=part.repeats)]
+    device = devices.best_device()
+    base = base_model.load(run.base, device=device, dtype=devices.base_dtype(device))
+    side_px = run.resolution_px or base.resolution_px
+    encoded = []
+    for pair in latents.encode(base, [sample.picture for sample in samples], side_px=side_px):
+        encoded.append(pair)
+        yield Encoding(len(encoded), len(samples))
+    store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
+    base.vae.to("cpu")
+
+    names = add_lora(base, run)
+    weights = {part: lora.parameters(module) for part, module in base.parts.items()}
+    adamw = optimizer.adamw(
+        [(weights["unet"], run.optimizer.learning_rate), (weights["text_encoder"], run.optimizer.text_encoder_learning_rate)],
+        weight_decay=run.optimizer.weight_decay,
+    )
+    every = weights["unet"] + weights["text_encoder"]
+    ids = text.token_ids(base, [sample.caption for sample in samples] + [""])
+    states = None if weights["text_encoder"] else encode_once(base, ids)
+    alphas = noise.scaled_linear_alphas().to(device)
+    run_folder.create(folder, run)
+    yield Started(len(samples), len(names), sum(weight.numel() for weight in every), run.steps)
+
+    for step in range(run.steps):
+        step_began = time.monotonic()
+        factor = optimizer.rate_factor(step, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
+        optimizer.set_rates(adamw, factor)
+        total = torch.zeros((), device=device)
+        chosen: list[int] = []
+        for part in range(run.optimizer.accumulation):
+            batch_index = step * run.optimizer.accumulation + part
+            chosen = dataset.batch_at(samples, seed=run.seed, batch_index=batch_index, batch=run.batch)
+            spoken = [len(samples) if _drops(run, batch_index, place) else i for place, i in enumerate(chosen)]
+            context = states[spoken] if states is not None else text.encode(base, ids[spoken])
+            batch_loss = loss_of_batch(base, store, chosen, context, alphas, run=run, batch_index=batch_index)
+            torch.autograd.backward(batch_loss / run.optimizer.accumulation)
+            total += batch_loss.detach() / run.optimizer.accumulation
+        norm = torch.nn.utils.clip_grad_norm_(every, run.optimizer.clip_norm or math.inf)
+        value, length = torch.stack([total, norm]).tolist()
+        if not (math.isfinite(value) and math.isfinite(length)):
+            raise UserError(_not_finite(step + 1, [samples[i] for i in chosen]))
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        done = Step(step + 1, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
+        run_folder.log(folder, {"event": "step", **done.__dict__})
+        yield done
+        if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
+            yield save(base, run, run_folder.checkpoint_path(folder, run.name, step + 1), step + 1)
+    saved = save(base, run, run_folder.result_path(folder, run.name), run.steps)
+    run_folder.log(folder, {"event": "done", "path": saved.path.name})
+    yield saved
+    yield Done(saved.path, time.monotonic() - began)
+
+
+def loss_of_batch(
+    base: Base, store: Latents, chosen: list[int], context: Tensor, alphas: Tensor, *, run: Config, batch_index: int
+) -> Tensor:
+    """From pictures to a loss: draw latents, add noise, let the UNet predict, compare.
+
+    Args:
+        chosen: indices of the pictures [B].
+        context: their text states [B, L, D].
+        alphas: ᾱ [T].
+    """
+    generator = devices.generator(run.seed, batch_index)
+    clean = store.draw(chosen, generator=generator)
+    drawn = torch.randn(clean.shape, generator=generator).to(clean.device)
+    timesteps = noise.stratified_timesteps(len(chosen), count=len(alphas), generator=generator).to(clean.device)
+    noisy = noise.add_noise(clean, drawn, alphas, timesteps)
+    wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)
+    dtype = next(base.unet.parameters()).dtype
+    predicted = base.unet(noisy.to(dtype), timesteps, context.to(dtype)).sample
+    weight = loss.min_snr_weight(loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
+    return (loss.squared_error(predicted, wanted) * weight).mean()
+
+
+def add_lora(base: Base, run: Config) -> list[str]:
+    """Puts fresh adapters into the UNet and, if asked for, the text encoder; returns the wrapped modules' names."""
+    generator = devices.generator(run.seed, 2**31)
+    places = {"unet": base_model.targets(run.lora.targets)}
+    if run.lora.text_encoder:
+        places["text_encoder"] = base_model.TEXT_ATTENTION
+    names = []
+    for part, targets in places.items():
+        names += lora.add(base.parts[part], rank=run.lora.rank, alpha=run.lora.alpha, targets=targets, generator=generator)
+    return names
+
+
+@torch.no_grad()
+def encode_once(base: Base, ids: Tensor) -> Tensor:
+    """Text states of all captions [N, L, D], for a text encoder that does not change."""
+    return torch.cat([text.encode(base, one[None]) for one in ids])
+
+
+def save(base: Base, run: Config, path: Path, step: int) -> Saved:
+    """Writes the adapters as a LoRA file."""
+    modules = {
+        stem(name): lora_file.LoRAModule(adapter.down, adapter.up, adapter.alpha)
+        for part, stem in (("unet", lora_file.unet_stem), ("text_encoder", lora_file.text_stem))
+        for name, layer in lora.layers(base.parts[part]).items()
+        for adapter in layer.each_adapter()
+    }
+    lora_file.write(path, lora_file.to_bytes(modules, metadata(base, run, step)))
+    return Saved(step, path)
+
+
+def metadata(base: Base, run: Config, step: int) -> dict[str, str]:
+    """What other tools show of a LoRA: kohya's `ss_` and Stability's `modelspec` keys, no times, so that equal runs are equal bytes."""
+    architecture = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2-512/lora"}[base_model.family_of(base)]
+    version = {"sd1": "sd_v1", "sd2": "sd_v2"}[base_model.family_of(base)]
+    values = {
+        "ss_output_name": run.name, "ss_base_model_version": version, "ss_network_module": "networks.lora",
+        "ss_network_dim": run.lora.rank, "ss_network_alpha": run.lora.alpha, "ss_sd_model_name": run.base,
+        "ss_new_sd_model_hash": base_model.weights_hash(base), "ss_steps": step, "ss_seed": run.seed,
+        "ss_learning_rate": run.optimizer.learning_rate, "ss_unet_lr": run.optimizer.learning_rate,
+        "ss_text_encoder_lr": run.optimizer.text_encoder_learning_rate if run.lora.text_encoder else 0,
+        "ss_optimizer": run.optimizer.name, "ss_lr_scheduler": run.optimizer.schedule, "ss_min_snr_gamma": run.min_snr_gamma,
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.title": run.name, "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers", "modelspec.prediction_type": {"epsilon": "epsilon"}.get(base.prediction, "v"),
+        "modelspec.trigger_phrase": run.trigger,
+    }  # fmt: skip
+    return {key: str(value) for key, value in values.items()}
+
+
+def _drops(run: Config, batch_index: int, place: int) -> bool:
+    return captions.is_dropped(batch_index * run.batch + place, seed=run.seed, share=run.caption_dropout)
+
+
+def _not_finite(step: int, samples: list[Sample]) -> str:
+    pictures = ", ".join(sample.picture.name for sample in samples)
+    return (
+        f"The loss or a gradient of step {step} is not finite (pictures {pictures}); nothing of this step was kept, "
+        "and the last checkpoint stands. Lower optimizer.learning_rate, and look at these pictures."
+    )

@@ -1,0 +1,88 @@
+"""A run from pictures to file on a tiny base: events, bytes, learning, and what happens when it cannot go on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdlora import config, lora_file, run_folder, train
+from sdlora.errors import UserError
+
+
+def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
+    values = {"base": str(tiny), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "steps": 6, "batch": 2}
+    return config.parse(values | {"save_every": 3, "lora": {"rank": 2, "alpha": 2.0}} | changes, where="test")
+
+
+def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    events = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
+    assert [type(event).__name__ for event in events] == [
+        *["Encoding"] * 5, "Started", *["Step"] * 3, "Saved", *["Step"] * 3, "Saved", "Done",
+    ]  # fmt: skip
+    started = events[5]
+    assert isinstance(started, train.Started)
+    assert (started.pictures, started.modules, started.steps) == (5, 7 * 8 + 2 * 4, 6)
+    names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert names == {"config.toml", "metrics.jsonl", "checkpoints/tiny-000003.safetensors", "tiny.safetensors"}
+    assert config.load(tmp_path / "run/config.toml") == run_config(tiny_base, pictures)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    file = lora_file.read(tmp_path / "run/tiny.safetensors")
+    assert (len(file.modules), file.ranks, file.alphas) == (started.modules, [2], [2.0])
+    assert file.metadata["modelspec.trigger_phrase"] == "vitrail"
+    assert any(module.up.abs().max() > 0 for module in file.modules.values())
+
+
+@pytest.mark.parametrize("text_encoder", [True, False])
+def test_one_seed_gives_the_same_bytes_and_another_seed_others(tiny_base: Path, pictures: Path, tmp_path: Path, text_encoder: bool) -> None:
+    contents = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = run_config(tiny_base, pictures, seed=seed, steps=3, lora={"rank": 2, "alpha": 2.0, "text_encoder": text_encoder})
+        list(train.train(run, tmp_path / name))
+        contents.append((tmp_path / name / "tiny.safetensors").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_accumulation_takes_steps_over_several_batches(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    run = run_config(tiny_base, pictures, optimizer={"accumulation": 3}, steps=2)
+    steps = [event for event in train.train(run, tmp_path / "run") if isinstance(event, train.Step)]
+    assert [step.step for step in steps] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = train.loss_of_batch, []
+
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return honest(*args, **kwargs) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train, "loss_of_batch", broken)
+    with pytest.raises(UserError, match=r"step 5 is not finite \(pictures \d\.png, \d\.png\).*last checkpoint stands"):
+        list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
+    assert lora_file.read(run_folder.checkpoint_path(tmp_path / "run", "tiny", 3)).ranks == [2]
+    assert not run_folder.result_path(tmp_path / "run", "tiny").exists()
+
+
+def test_a_run_folder_is_never_written_over(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    run = run_config(tiny_base, pictures, steps=1)
+    list(train.train(run, tmp_path / "run"))
+    with pytest.raises(UserError, match="holds a run already"):
+        list(train.train(run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"base": "sd9"}, "Base 'sd9' is unknown"),
+        ({"data": "nowhere"}, "nowhere does not exist"),
+        ({"lora": {"targets": "everything"}}, "'everything' are unknown; presets are attn"),
+        ({"lora": {"targets": ["*.foo"]}}, r"'\*\.foo' matches none"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(tiny_base: Path, pictures: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        list(train.train(run_config(tiny_base, pictures, **changes), tmp_path / "run"))
