@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdlora import lora, lora_file
 from sdlora.errors import UserError
 
 MINI = Path(__file__).parent / "mini" / "weights"
@@ -116,6 +117,16 @@ def targets(preset: str | list[str]) -> tuple[str, ...]:
     if preset not in PRESETS:
         raise UserError(f"LoRA targets '{preset}' are unknown; presets are {', '.join(PRESETS)}, or give a list of patterns.")
     return PRESETS[preset]
+
+
+def stems(base: Base) -> dict[str, tuple[str, str]]:
+    """Where each stem of a LoRA file belongs: the part of the base and the module's name in it."""
+    places = {}
+    for part, stem_of in (("unet", lora_file.unet_stem), ("text_encoder", lora_file.text_stem)):
+        for name in lora.places(base.parts[part]):
+            if part == "unet" or "encoder.layers." in name:
+                places[stem_of(name)] = (part, name)
+    return places
 
 
 def weights_hash(base: Base) -> str:

@@ -106,14 +106,23 @@ def layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
+def places(model: nn.Module) -> list[str]:
+    """Names of all modules that carry or could carry a LoRA layer."""
+    inside = tuple(f"{name}." for name in layers(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, LoRALayer) or can_wrap(module)) and not name.startswith(inside)
+    ]
+
+
 def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Names of the modules that can be wrapped and match any of the patterns (`*` and `?` as in file names).
 
     Raises:
         UserError: if a pattern matches nothing.
     """
-    inside = tuple(f"{name}." for name in layers(model))
-    names = [name for name, module in model.named_modules() if _is_place(name, module, inside)]
+    names = places(model)
     chosen: set[str] = set()
     for pattern in targets:
         found = {name for name in names if fnmatchcase(name, pattern)}
@@ -121,10 +130,6 @@ def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
             raise UserError(f"LoRA target '{pattern}' matches none of the {len(names)} linear and conv modules, such as '{names[0]}'.")
         chosen |= found
     return [name for name in names if name in chosen]
-
-
-def _is_place(name: str, module: nn.Module, inside: tuple[str, ...]) -> bool:
-    return (isinstance(module, LoRALayer) or can_wrap(module)) and not name.startswith(inside)
 
 
 def wrap(model: nn.Module, name: str) -> LoRALayer:

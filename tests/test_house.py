@@ -12,7 +12,7 @@ FLOORS = {
     "train": 4,
     "cli": 5, "ui": 5, "__main__": 5,
 }  # fmt: skip
-ROOMS_OF_ONE_FLOOR = {"config", "base_model", "ui"}  # may be imported by neighbours of their own floor
+ROOMS_OF_ONE_FLOOR = {"config", "base_model", "lora_file", "ui"}  # may be imported by neighbours of their own floor
 
 
 def room(module: str) -> str:
