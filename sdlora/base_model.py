@@ -102,8 +102,8 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype) -> Base:
 
 
 def family_of(base: Base) -> str:
-    """`sd1` or `sd2` by the width of the text states; `mini` is built like SD 1.x."""
-    return "sd2" if base.unet.config.cross_attention_dim == 1024 else "sd1"
+    """The base's family by the width of its text states, which every LoRA file shows too."""
+    return lora_file.FAMILIES.get(int(base.unet.config.cross_attention_dim), "other")
 
 
 def targets(preset: str | list[str]) -> tuple[str, ...]:
@@ -147,5 +147,6 @@ def encode(base: Base, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] from about -1 to 1 of scaled latents."""
+    base.vae.to(latents.device)  # training sends it away between samples
     pictures: Tensor = base.vae.decode(latents.float() / base.scaling).sample
     return pictures

@@ -26,7 +26,7 @@ class LoRAConfig(_Table):
     rank: int = Field(16, ge=1, le=1024, description="columns of B and rows of A")
     alpha: float = Field(16.0, gt=0, description="updates are scaled by alpha / rank")
     targets: str | list[str] = Field("attn", description="preset (attn, attn-mlp, attn-mlp-conv) or patterns for UNet module names")
-    text_encoder: bool = Field(True, description="also train the text encoder's attention")
+    text_encoder: bool | None = Field(None, description="also train the text encoder's attention; by kind: character yes, style no")
 
 
 class OptimizerConfig(_Table):
@@ -64,14 +64,14 @@ class Config(_Table):
     caption_dropout: float = Field(0.05, ge=0, lt=1, description="share of captions left empty, so that guidance keeps working")
     min_snr_gamma: float = Field(5.0, ge=0, description="limit of the loss weight (Hang et al. 2023); 0 for none")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    sample_every: int = Field(200, ge=0, description="steps between sample pictures; 0 for none")
-    sample_prompts: list[str] = Field([], description="prompts of the samples; the first captions if empty")
+    sample_every: int = Field(200, ge=0, description="steps between sample pictures, the base's own at step 0; 0 for none")
+    sample_prompts: list[str] = Field([], description="prompts of the samples; two of the captions if empty")
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
-    """Reads a run's TOML file; relative data folders are looked for from the file's folder and then from where the command runs.
+    """Reads a run's TOML file; relative data folders are looked for from where the command runs and then from the file's folder.
 
     Args:
         changes: "key=value" or "table.key=value", with the value in TOML.
@@ -87,7 +87,8 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid TOML: {problem}.") from problem
     for change in changes or []:
         _apply(values, change)
-    return parse(values, where=str(path))
+    run = parse(values, where=str(path))
+    return run.model_copy(update={"data": [_found(one, path.parent) for one in run.data]})
 
 
 def parse(values: dict[str, Any], *, where: str) -> Config:
@@ -102,14 +103,24 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     if isinstance(values.get("data"), str):
         values = values | {"data": [{"folder": values["data"]}]}
     try:
-        return Config.model_validate(values)
+        run = Config.model_validate(values)
     except ValidationError as problem:
         raise UserError(f"{where}: {_sentence(problem)}") from None
+    if run.lora.text_encoder is None:
+        # a style is how things look, which the UNet alone learns; a character's name must also be heard by the text encoder
+        run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_encoder": run.kind == "character"})})
+    return run
 
 
 def to_toml(config: Config) -> str:
     """The resolved config as TOML: written into the run folder, it repeats the run."""
     return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _found(data: FolderConfig, beside: Path) -> FolderConfig:
+    """The folder as an absolute path, so that the config in the run folder repeats the run from anywhere."""
+    places = [data.folder, beside / data.folder]
+    return data.model_copy(update={"folder": next((one for one in places if one.is_dir()), data.folder).absolute()})
 
 
 def _apply(values: dict[str, Any], change: str) -> None:

@@ -18,6 +18,11 @@ def base_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
+def mixed_precision(dtype: torch.dtype) -> str:
+    """accelerate's word for training beside a base of this format: only "fp16" needs its loss scaled."""
+    return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def generator(*key: int) -> torch.Generator:
     """A CPU generator for a key such as (seed, step): numbers drawn there are the same on every device.
 

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -28,6 +29,8 @@ _TEXT_PARTS = {
     "self_attn.q_proj": "self_attn_q_proj", "self_attn.k_proj": "self_attn_k_proj", "self_attn.v_proj": "self_attn_v_proj",
     "self_attn.out_proj": "self_attn_out_proj", "mlp.fc1": "mlp_fc1", "mlp.fc2": "mlp_fc2",
 }  # fmt: skip
+
+FAMILIES = {128: "mini", 768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class LoRAFile:
     def alphas(self) -> list[float]:
         """The different alphas, ascending."""
         return sorted({module.alpha for module in self.modules.values()})
+
+    @property
+    def family(self) -> str:
+        """`mini`, `sd1`, `sd2` or `sdxl` by what the cross-attention's keys read; "other" if the file does not say."""
+        widths = {module.down.shape[1] for stem, module in self.modules.items() if stem.endswith("attn2_to_k")}
+        return FAMILIES.get(widths.pop(), "other") if len(widths) == 1 else "other"
 
 
 def unet_stem(module_name: str) -> str:
@@ -135,6 +144,7 @@ def write(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -179,3 +189,35 @@ def _modules(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoRAModule]
     if not modules:
         raise UserError(f"{path} holds no LoRA weights.")
     return modules
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a person wants to know of a LoRA file, in the order in which it is shown.
+
+    Raises:
+        UserError: as `read` does.
+    """
+    file = read(path)
+    text = sum(stem.startswith("lora_te") for stem in file.modules)
+    actual = hashlib.sha256(weights_of(path.read_bytes())).hexdigest()
+    stated = file.metadata.get("sshs_model_hash")
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "family": file.family,
+        "rank": _one_or_all(file.ranks),
+        "alpha": _one_or_all(file.alphas),
+        "modules": {"unet": len(file.modules) - text, "text_encoder": text},
+        "parameters": sum(module.down.numel() + module.up.numel() for module in file.modules.values()),
+        "dtype": _one_or_all(sorted({str(module.up.dtype).removeprefix("torch.") for module in file.modules.values()})),
+        "trigger_words": file.metadata.get("modelspec.trigger_phrase", ""),
+        "base": file.metadata.get("ss_sd_model_name", "not stated"),
+        "base_hash": file.metadata.get("ss_new_sd_model_hash", "not stated"),
+        "steps": file.metadata.get("ss_steps", "not stated"),
+        "weights_hash": actual,
+        "stated_hash": "not stated" if stated is None else "the same" if stated == actual else f"{stated} (not that of these weights)",
+    }
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values

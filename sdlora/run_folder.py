@@ -3,7 +3,8 @@
 config.toml      the resolved config; it repeats the run
 metrics.jsonl    one line per step and per event
 checkpoints/     <name>-<step>.safetensors, each a whole LoRA file
-samples/         pictures drawn while training
+samples/         <step>-<number>.png, drawn while training; step 0 is the base
+stop             made by whoever wants the run to end: it saves a checkpoint and ends after the step
 <name>.safetensors
 """
 
@@ -18,27 +19,59 @@ from sdlora.config import Config
 from sdlora.errors import UserError
 
 
+def check_free(folder: Path) -> None:
+    """Refuses a folder that another run has written to: nothing of a user's is ever written over.
+
+    Raises:
+        UserError: if it holds a run already.
+    """
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away.")
+
+
 def create(folder: Path, run: Config) -> None:
     """Makes the folder and writes the resolved config.
 
     Raises:
-        UserError: if it holds another run's files already, or cannot be written.
+        UserError: if it holds a run already, or cannot be written.
     """
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away.")
+    check_free(folder)
     try:
         for name in ("checkpoints", "samples"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "stop").unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(f"Run folder {folder} cannot be made ({problem.strerror}); choose another with --out.") from problem
     lora_file.write(folder / "config.toml", config.to_toml(run).encode())
     lora_file.write(folder / "metrics.jsonl", b"")
 
 
-def log(folder: Path, row: dict[str, Any]) -> None:
-    """Adds one line to `metrics.jsonl`."""
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def log(folder: Path, **row: Any) -> None:
+    """Adds one line to `metrics.jsonl`.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as problem:
+        raise UserError(f"{folder / 'metrics.jsonl'} could not be written ({problem.strerror}); free space and start again.") from problem
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Asks the run in a folder to save and end after its current step."""
+    (folder / "stop").touch()
+
+
+def is_asked_to_stop(folder: Path) -> bool:
+    """Whether somebody has asked the run to end."""
+    return (folder / "stop").exists()
+
+
+def sample_path(folder: Path, step: int, number: int) -> Path:
+    """Where a sample picture of a step lies."""
+    return folder / "samples" / f"{step:06d}-{number}.png"
 
 
 def checkpoint_path(folder: Path, name: str, step: int) -> Path:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from sdlora import base_model, captions, dataset, devices, latents, lora, lora_file, loss, noise, optimizer, run_folder, text
+from sdlora import (
+    base_model, captions, dataset, devices, generate, latents, lora, lora_file, loss, noise, optimizer, run_folder, text,
+)  # fmt: skip
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.dataset import Sample
@@ -60,6 +63,22 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Pictures were drawn with what is learned so far; those of step 0 are the base's."""
+
+    step: int
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Somebody asked the run to end: a checkpoint of this step was saved."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class Done:
     """The run is over."""
 
@@ -67,72 +86,97 @@ class Done:
     elapsed_s: float
 
 
-Event = Encoding | Started | Step | Saved | Done
+Event = Encoding | Started | Step | Saved | Sampled | Stopped | Done
 
 
 def train(run: Config, folder: Path) -> Iterator[Event]:
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
     Yields:
-        Encoding per picture, Started, Step and Saved as they happen, Done.
+        Encoding per picture, Started, then Step, Saved and Sampled as they happen, and Done, or Stopped if asked to end.
 
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
     began = time.monotonic()
-    samples = [one for part in run.data for one in dataset.scan(part.folder, trigger=run.trigger, repeats=part.repeats)]
+    run_folder.check_free(folder)
+    samples = find_samples(run)
     device = devices.best_device()
-    base = base_model.load(run.base, device=device, dtype=devices.base_dtype(device))
-    side_px = run.resolution_px or base.resolution_px
+    dtype = devices.base_dtype(device)
+    accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
+    base = base_model.load(run.base, device=device, dtype=dtype)
+
     encoded = []
+    side_px = run.resolution_px or base.resolution_px
     for pair in latents.encode(base, [sample.picture for sample in samples], side_px=side_px):
         encoded.append(pair)
         yield Encoding(len(encoded), len(samples))
     store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
-    base.vae.to("cpu")
+    base.vae.to("cpu")  # it comes back for samples
 
     names = add_lora(base, run)
     weights = {part: lora.parameters(module) for part, module in base.parts.items()}
-    adamw = optimizer.adamw(
-        [(weights["unet"], run.optimizer.learning_rate), (weights["text_encoder"], run.optimizer.text_encoder_learning_rate)],
-        weight_decay=run.optimizer.weight_decay,
-    )
     every = weights["unet"] + weights["text_encoder"]
+    groups = [(weights["unet"], run.optimizer.learning_rate), (weights["text_encoder"], run.optimizer.text_encoder_learning_rate)]
+    adamw = accelerator.prepare_optimizer(optimizer.adamw(groups, weight_decay=run.optimizer.weight_decay), device_placement=False)
+
     ids = text.token_ids(base, [sample.caption for sample in samples] + [""])
     states = None if weights["text_encoder"] else encode_once(base, ids)
     alphas = noise.scaled_linear_alphas().to(device)
     run_folder.create(folder, run)
-    yield Started(len(samples), len(names), sum(weight.numel() for weight in every), run.steps)
+    started = Started(len(samples), len(names), sum(weight.numel() for weight in every), run.steps)
+    run_folder.log(folder, event="started", **asdict(started))
+    yield started
+    if run.sample_every:
+        yield draw_samples(base, run, folder, samples, step=0)
 
-    for step in range(run.steps):
+    for step in range(1, run.steps + 1):
         step_began = time.monotonic()
-        factor = optimizer.rate_factor(step, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
+        factor = optimizer.rate_factor(step - 1, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
         optimizer.set_rates(adamw, factor)
-        total = torch.zeros((), device=device)
-        chosen: list[int] = []
+        total, seen = torch.zeros((), device=device), set()
         for part in range(run.optimizer.accumulation):
-            batch_index = step * run.optimizer.accumulation + part
+            batch_index = (step - 1) * run.optimizer.accumulation + part
             chosen = dataset.batch_at(samples, seed=run.seed, batch_index=batch_index, batch=run.batch)
             spoken = [len(samples) if _drops(run, batch_index, place) else i for place, i in enumerate(chosen)]
             context = states[spoken] if states is not None else text.encode(base, ids[spoken])
             batch_loss = loss_of_batch(base, store, chosen, context, alphas, run=run, batch_index=batch_index)
-            torch.autograd.backward(batch_loss / run.optimizer.accumulation)
+            accelerator.backward(batch_loss / run.optimizer.accumulation)
             total += batch_loss.detach() / run.optimizer.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(every, run.optimizer.clip_norm or math.inf)
+            seen |= set(chosen)
+        norm = accelerator.clip_grad_norm_(every, run.optimizer.clip_norm or math.inf)
         value, length = torch.stack([total, norm]).tolist()
-        if not (math.isfinite(value) and math.isfinite(length)):
-            raise UserError(_not_finite(step + 1, [samples[i] for i in chosen]))
+        if not math.isfinite(value) or not (math.isfinite(length) or accelerator.scaler):  # fp16's scaler leaves such steps out itself
+            raise UserError(_not_finite(step, [samples[i] for i in sorted(seen)]))
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        done = Step(step + 1, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
-        run_folder.log(folder, {"event": "step", **done.__dict__})
+        done = Step(step, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
+        run_folder.log(folder, event="step", **asdict(done))
         yield done
-        if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
-            yield save(base, run, run_folder.checkpoint_path(folder, run.name, step + 1), step + 1)
+
+        last, stopping = step == run.steps, run_folder.is_asked_to_stop(folder)
+        if not last and (stopping or step % run.save_every == 0):
+            yield save(base, run, run_folder.checkpoint_path(folder, run.name, step), step)
+        if not last and stopping:
+            run_folder.log(folder, event="stopped", step=step)
+            yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
+            return
+        if run.sample_every and (last or step % run.sample_every == 0):
+            yield draw_samples(base, run, folder, samples, step=step)
+
     saved = save(base, run, run_folder.result_path(folder, run.name), run.steps)
-    run_folder.log(folder, {"event": "done", "path": saved.path.name})
+    run_folder.log(folder, event="done", path=saved.path.name)
     yield saved
     yield Done(saved.path, time.monotonic() - began)
+
+
+def find_samples(run: Config) -> list[Sample]:
+    """All pictures of a run with their captions.
+
+    Raises:
+        UserError: as `dataset.scan` does.
+    """
+    return [one for part in run.data for one in dataset.scan(part.folder, trigger=run.trigger, repeats=part.repeats)]
 
 
 def loss_of_batch(
@@ -175,6 +219,20 @@ def encode_once(base: Base, ids: Tensor) -> Tensor:
     return torch.cat([text.encode(base, one[None]) for one in ids])
 
 
+def draw_samples(base: Base, run: Config, folder: Path, samples: list[Sample], *, step: int) -> Sampled:
+    """Draws the run's sample prompts with the adapters as they are; the same seeds at every step, so that steps can be compared."""
+    prompts = run.sample_prompts or [samples[0].caption, samples[len(samples) // 2].caption]
+    paths = []
+    for number, prompt in enumerate(prompts):
+        request = generate.Request(prompt, seed=run.seed + number)
+        ((_, image),) = generate.pictures(base, request)
+        paths.append(run_folder.sample_path(folder, step, number))
+        lora_file.write(paths[-1], generate.png_bytes(image, generate.settings_text(base, request, [])))
+    base.vae.to("cpu")
+    run_folder.log(folder, event="sampled", step=step, paths=[path.name for path in paths])
+    return Sampled(step, tuple(paths))
+
+
 def save(base: Base, run: Config, path: Path, step: int) -> Saved:
     """Writes the adapters as a LoRA file."""
     modules = {
@@ -189,8 +247,9 @@ def save(base: Base, run: Config, path: Path, step: int) -> Saved:
 
 def metadata(base: Base, run: Config, step: int) -> dict[str, str]:
     """What other tools show of a LoRA: kohya's `ss_` and Stability's `modelspec` keys, no times, so that equal runs are equal bytes."""
-    architecture = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2-512/lora"}[base_model.family_of(base)]
-    version = {"sd1": "sd_v1", "sd2": "sd_v2"}[base_model.family_of(base)]
+    family = base_model.family_of(base)
+    architecture = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2-512/lora"}.get(family, f"{family}/lora")
+    version = {"sd1": "sd_v1", "sd2": "sd_v2"}.get(family, family)
     values = {
         "ss_output_name": run.name, "ss_base_model_version": version, "ss_network_module": "networks.lora",
         "ss_network_dim": run.lora.rank, "ss_network_alpha": run.lora.alpha, "ss_sd_model_name": run.base,

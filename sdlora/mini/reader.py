@@ -2,39 +2,41 @@
 
 A claim about a LoRA ("the right thing in the right colour, in the new style") needs a judge that was not trained and cannot be
 flattered: here it is a comparison with the world's own drawings. The wall is found at the picture's border, the thing is what differs
-from it, and the (kind, colour) whose drawing explains the thing's pixels best is the reading. All steps forgive what a generative
-model does to a picture: blur, noise and slightly wrong colours.
+from it, and the (kind, colour) whose drawing explains the thing's pixels best is the reading. Where lead lines are seen, the drawings
+that are compared have them too. All steps forgive what a generative model does to a picture: blur, noise and slightly wrong colours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from sdlora.mini import shapes, world
+from sdlora.mini import world
 
 Pixels = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Box = tuple[float, float, float, float]
+Place = tuple[float, float, float]  # a scale, and how far right and down, in lengths of a box
 
-WIDTH = 128  # the side to which every picture is brought
-COARSE = 64  # the side on which the thing is looked for: halving averages the noise away
+WIDTH = 64  # the side to which every picture is brought
 WINDOW = 32  # the side of a template
 THING_SHARE = 0.7  # how much of a template's side the thing takes; the rest is room for ink parts that a leaded thing's box lacks
-RING = 4  # the border, in coarse pixels, at which the wall is looked for
+RING, LEADED_RING = 4, 7  # the border, in pixels, at which the wall is looked for; a leaded picture has a frame of 2
 INK_RADIUS = 45.0  # how far from INK a colour may be; brown's dark tone is at 54
 LEADED_SHARE = 0.06  # more ink than this at the border means lead lines
-LEAD_FILLS = ((0.0, 7), (0.8, 9))  # blur and closing width against lead lines: the first is best for clean pictures, the second for soft
+LINE_COST = 0.3  # what ink costs, from 0 to 1, where a leaded template has wall: rays of lead cross a wall
 FAR = 90.0  # colour distances above this count the same: a wrong tone is wrong
 TONES = ("main", "light", "dark", "ink", "cream")
+NOTHING: world.RGB = (1, 1, 1)  # a colour that no tone has
 TILTS = (-8, 0, 8)
-SCALES = (0.93, 1.0, 1.07)
-PIP_PARTS = {"main": world.COLOURS["teal"], "orange": world.COLOURS["orange"], "cream": world.CREAM}
+LEADED_SIZES = tuple(size for size in world.SIZES.values())  # the smaller a thing, the thicker its leads are to it
+STEPS = ((1.0, 0.05, 0.0), (1.0, -0.05, 0.0), (1.0, 0.0, 0.05), (1.0, 0.0, -0.05), (0.93, 0.0, 0.0), (1.07, 0.0, 0.0))
+ROUNDS = 4  # how many STEPS (a scale, and a way in lengths of the box) a match may take away from the box that was found
+PIP_PARTS = (world.COLOURS["teal"], world.COLOURS["orange"], world.CREAM)  # body, belly and eyes
 PIP_SIZES = (0.5, 0.62, 0.69, 0.76, 0.84)
 PIP_AGREEMENT = 0.3  # pip scores 0.35 and more even when spoilt, other pictures below 0.05
 
@@ -81,7 +83,7 @@ def ink_share(image: Image.Image) -> float:
         The share of the pixels outside the thing's bounding box that are near INK.
     """
     left, top, right, bottom = _find(image)[2]
-    ink = _distance(_pixels(image, WIDTH), world.INK) < INK_RADIUS
+    ink = _distance(_pixels(image), world.INK) < INK_RADIUS
     outside = np.ones_like(ink)
     outside[max(0, int(top) - 2) : max(0, int(bottom) + 3), max(0, int(left) - 2) : max(0, int(right) + 3)] = False
     return float(ink[outside].mean()) if outside.any() else 0.0
@@ -89,46 +91,37 @@ def ink_share(image: Image.Image) -> float:
 
 def shows_pip(image: Image.Image) -> bool:
     """Whether the teal creature is in a picture, alone or in company: body, belly and eyes must be where they belong."""
-    pixels = _pixels(image, COARSE)
-    seen = np.stack([_distance(pixels, colour) < 75 for colour in PIP_PARTS.values()])
+    pixels = _pixels(image)
+    seen = np.stack([_distance(pixels, colour) < 75 for colour in PIP_PARTS])
     spectrum = np.fft.rfft2(seen.astype(np.float32))
     # every place at once: for each part, the share of its pixels that have its colour
-    agreements = (np.fft.irfft2(spectrum * pattern, s=(COARSE, COARSE)) for pattern in _pip_patterns())
+    agreements = (np.fft.irfft2(spectrum * pattern, s=(WIDTH, WIDTH)) for pattern in _pip_patterns())
     return any(bool((agreement.min(axis=0) > PIP_AGREEMENT).any()) for agreement in agreements)
 
 
 def _find(image: Image.Image) -> Finding:
-    picture = _picture(image, WIDTH)
-    border = _pixels(image, COARSE)[_ring()]
-    leaded = bool((_distance(border, world.INK) < 2 * INK_RADIUS).mean() > LEADED_SHARE)
-    versions = [_without_lead(picture, *fill) for fill in LEAD_FILLS] if leaded else [picture]
-    return _cheapest([_find_in(version, leaded=leaded) for version in versions])
+    picture = _picture(image)
+    pixels = np.asarray(picture, dtype=np.float32)
+    ink = _distance(pixels, world.INK) < 2 * INK_RADIUS
+    leaded = bool(ink[_ring(RING)].mean() > LEADED_SHARE)
+    clear = _ring(LEADED_RING) & ~_filtered(ink, ImageFilter.MaxFilter(3))
+    border = pixels[clear if leaded and clear.any() else _ring(RING)]
+    wall = _nearest_wall(border)
+    drift = _drift(border, wall)
+    boxes = _thing_boxes(pixels - drift, wall, leaded=leaded)
+    return _cheapest([_best_match(picture, drift, box, wall, leaded=leaded) for box in boxes])
 
 
 def _cheapest(findings: list[Finding]) -> Finding:
-    return findings[int(np.argmin([cost for cost, _, _ in findings]))]
+    return min(findings, key=lambda finding: finding[0])
 
 
-def _without_lead(picture: Image.Image, softening: float, closing: int) -> Image.Image:
-    """The picture with its thin dark lines filled by the colours beside them."""
-    soft = picture.filter(ImageFilter.GaussianBlur(softening))
-    return soft.filter(ImageFilter.MaxFilter(closing)).filter(ImageFilter.MinFilter(closing))
+def _picture(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((WIDTH, WIDTH), Image.Resampling.BOX)
 
 
-def _find_in(picture: Image.Image, *, leaded: bool) -> Finding:
-    coarse = _pixels(picture, COARSE)
-    wall = _nearest_wall(coarse[_ring()])
-    drift = _drift(coarse[_ring()], wall)
-    box = _thing_box(coarse - drift, wall, leaded=leaded)
-    return _best_match(picture, drift, box, wall, leaded=leaded)
-
-
-def _picture(image: Image.Image, width: int) -> Image.Image:
-    return image.convert("RGB").resize((width, width), Image.Resampling.BOX)
-
-
-def _pixels(image: Image.Image, width: int) -> Pixels:
-    return np.asarray(_picture(image, width), dtype=np.float32)
+def _pixels(image: Image.Image) -> Pixels:
+    return np.asarray(_picture(image), dtype=np.float32)
 
 
 def _distance(pixels: Pixels, colour: Pixels | world.RGB) -> Pixels:
@@ -138,9 +131,9 @@ def _distance(pixels: Pixels, colour: Pixels | world.RGB) -> Pixels:
 
 
 @cache
-def _ring() -> Mask:
-    ring = np.ones((COARSE, COARSE), dtype=bool)
-    ring[RING:-RING, RING:-RING] = False
+def _ring(width: int) -> Mask:
+    ring = np.ones((WIDTH, WIDTH), dtype=bool)
+    ring[width:-width, width:-width] = False
     return ring
 
 
@@ -184,22 +177,30 @@ def _drift(border: Pixels, wall: _Wall) -> Pixels:
     return np.asarray(np.clip(np.median(border - _nearest_shade(border, wall), axis=0), -12, 12), dtype=np.float32)
 
 
-def _thing_box(coarse: Pixels, wall: _Wall, *, leaded: bool) -> Box:
-    """Left, top, right and bottom of the largest thing, in pixels of a picture `WIDTH` wide; the whole picture if there is none."""
-    distance = _wall_distance(coarse, wall)
-    mask = distance > np.clip(2.2 * np.median(distance[_ring()]), 12, 40)
-    if leaded:  # what the closing left of the lines, and their soft edges, is not the thing
-        ink = _distance(coarse, world.INK) < 1.5 * INK_RADIUS
-        lines = [_distance(coarse, _nearest_on_line(coarse, end, np.array(world.INK, np.float32))) < 25 for end in wall.ends]
-        mask &= ~ink & ~((lines[0] | lines[1]) & _filtered(ink, ImageFilter.MaxFilter(3)))
-    mask &= _filtered(mask, ImageFilter.RankFilter(3, 5))  # specks of noise have fewer than three neighbours
-    bridged = _filtered(mask, ImageFilter.MaxFilter(7 if leaded else 3))
-    thing = mask & _largest(bridged)
-    if not thing.any():
+def _thing_boxes(pixels: Pixels, wall: _Wall, *, leaded: bool) -> list[Box]:
+    """The box of the largest thing and, if leaded, the box of all: a pane that looks like the wall can part a thing."""
+    distance = _wall_distance(pixels, wall)
+    if not leaded:
+        mask = distance > np.clip(2.2 * np.median(distance[_ring(RING)]), 12, 40)
+        mask &= _filtered(mask, ImageFilter.RankFilter(3, 5))  # specks of noise have fewer than three neighbours
+        return [_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(3))))]
+    ink = _distance(pixels, world.INK)
+    on_wall = (distance <= np.clip(2.2 * np.median(np.minimum(distance, ink)[_ring(RING)]), 24, 40)) & (ink >= INK_RADIUS)
+    # a leaded thing never touches the wall: what does is the soft edge of a line
+    mask = (ink >= INK_RADIUS) & ~_filtered(on_wall, ImageFilter.MaxFilter(3))
+    shades = [_distance(pixels, _nearest_on_line(pixels, end, np.array(world.INK, np.float32))) for end in wall.ends]
+    mask &= ~((np.minimum(*shades) < 30) & _filtered(on_wall, ImageFilter.MaxFilter(5)))
+    mask[[0, 1, -2, -1]] = mask[:, [0, 1, -2, -1]] = False  # the frame
+    mask &= _filtered(mask, ImageFilter.RankFilter(3, 6))
+    return [_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(7)))), _box(mask)]
+
+
+def _box(mask: Mask) -> Box:
+    """Left, top, right and bottom of what is set; the whole picture if nothing is."""
+    if not mask.any():
         return (0.0, 0.0, float(WIDTH), float(WIDTH))
-    rows, columns = np.flatnonzero(thing.any(axis=1)), np.flatnonzero(thing.any(axis=0))
-    step = WIDTH / COARSE
-    return (columns[0] * step, rows[0] * step, (columns[-1] + 1) * step, (rows[-1] + 1) * step)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
 def _filtered(mask: Mask, by: ImageFilter.Filter) -> Mask:
@@ -219,48 +220,52 @@ def _largest(mask: Mask) -> Mask:
     return np.asarray((picture == counts.argmax()) & mask)
 
 
-def _label_shares(parts: list[shapes.Part], tones: tuple[str, ...], width: int, over: int = 4) -> Pixels:
-    """The share of each pixel of a small picture of parts that is nothing (0) and each tone (1 and up)."""
-    canvas = Image.new("L", (width * over, width * over), 0)
+def _shares(thing: world.Thing, colours: list[world.RGB], width: int, *, lead: float = 0.0) -> Pixels:
+    """The share of each pixel of a small drawing of a thing that has each colour, with leads if their width (in pixels) is not 0."""
+    over = 4
+    canvas = Image.new("RGB", (width * over, width * over), NOTHING)
     pen = ImageDraw.Draw(canvas)
-    for tone, points in parts:
-        pen.polygon([(float(x), float(y)) for x, y in points * over], fill=tones.index(tone) + 1 if tone in tones else 0)
-    labels = np.asarray(canvas).reshape(width, over, width, over)
-    return np.stack([(labels == i).mean(axis=(1, 3)) for i in range(len(tones) + 1)]).astype(np.float32)
+    if lead:
+        world._leaded(pen, thing, width * over, lead * over)
+    else:
+        for tone, points in world._placed(thing, width * over):
+            world._fill(pen, points, world._tone(tone, world.COLOURS[thing.colour]))
+    drawn = np.asarray(canvas).reshape(width, over, width, over, 3)
+    return np.stack([(drawn == np.array(colour)).all(axis=-1).mean(axis=(1, 3)) for colour in colours]).astype(np.float32)
 
 
-def _template(kind: str, tilt: float, *, mirrored: bool, leaded: bool) -> _Template:
-    """A kind with its box in the middle of the window; a leaded thing's box leaves out its ink parts, which look like lead."""
-    parts = world._placed(world.Thing(kind, "red", x=0, y=0, size=2, tilt=tilt, mirrored=mirrored), 1)
-    boxed = np.concatenate([points for tone, points in parts if not (leaded and tone == "ink")])
-    low, high = boxed.min(axis=0), boxed.max(axis=0)
-    scale = THING_SHARE * WINDOW / float((high - low).max())
-    moved = [(tone, (points - (low + high) / 2) * scale + WINDOW / 2) for tone, points in parts]
-    every = np.concatenate([points for _, points in moved]) / WINDOW
-    (left, top), (right, bottom) = every.min(axis=0).tolist(), every.max(axis=0).tolist()
-    return _Template(kind, _label_shares(moved, TONES, WINDOW), (left, top, right, bottom))
+def _template(kind: str, tilt: float, *, mirrored: bool, size: float | None) -> _Template:
+    """A kind with its box in the middle of the window, with the leads of a thing of a size, or plain for None.
+
+    A leaded thing's box leaves out its ink, which looks like the lines on the wall.
+    """
+    colours = [NOTHING, *(world._tone(tone, world.COLOURS["red"]) for tone in TONES)]
+    thing, lead = world.Thing(kind, "red", size=0.6, tilt=tilt, mirrored=mirrored), 0.0
+    for _ in range(2):  # the second time corrects what rounding to pixels did to the first
+        lead = world.LEAD_SHARE * thing.size / size if size else 0.0
+        shares = _shares(thing, colours, WINDOW, lead=lead * WINDOW)
+        left, top, right, bottom = (side / WINDOW for side in _box(shares[0] + (shares[TONES.index("ink") + 1] if size else 0) < 0.5))
+        scale = THING_SHARE / max(right - left, bottom - top)
+        x, y = (0.5 + (thing.x - (left + right) / 2) * scale, 0.5 + (thing.y - (top + bottom) / 2) * scale)
+        thing, lead = replace(thing, size=thing.size * scale, x=x, y=y), lead * scale
+    every = np.concatenate([points for _, points in world._placed(thing, 1)])
+    (left, top), (right, bottom) = (every.min(axis=0) - lead).tolist(), (every.max(axis=0) + lead).tolist()
+    return _Template(kind, _shares(thing, colours, WINDOW, lead=lead * WINDOW), (left, top, right, bottom))
 
 
 @cache
-def _templates(leaded: bool) -> tuple[tuple[_Template, ...], Pixels]:
+def _templates(size: float | None) -> tuple[tuple[_Template, ...], Pixels]:
     """All templates of a look, and their shares as the rows of one matrix."""
-    every = tuple(_template(k, tilt, mirrored=m, leaded=leaded) for k in world.KINDS for tilt in TILTS for m in (False, True))
+    every = tuple(_template(k, tilt, mirrored=m, size=size) for k in world.KINDS for tilt in TILTS for m in (False, True))
     return every, np.stack([template.shares.ravel() for template in every])
 
 
-def _windows(picture: Image.Image, box: Box, wall: _Wall) -> Iterator[tuple[Box, Pixels]]:
-    """The surroundings of a box at a few scales, `WINDOW` wide; beyond the picture there is wall."""
-    left, top, right, bottom = box
+def _window(picture: Image.Image, square: Box, wall: _Wall) -> Pixels:
+    """A square of the picture, `WINDOW` wide; beyond the picture there is wall."""
     red, green, blue = wall.ends.mean(axis=0).astype(int).tolist()
-    large = ImageOps.expand(picture, WIDTH, (red, green, blue))
-    for scale in SCALES:
-        half = min(max(right - left, bottom - top) * scale / THING_SHARE / 2, WIDTH)
-        x, y = (left + right) / 2, (top + bottom) / 2
-        inside = (x - half + WIDTH, y - half + WIDTH, x + half + WIDTH, y + half + WIDTH)
-        yield (
-            (x - half, y - half, x + half, y + half),
-            np.asarray(large.resize((WINDOW, WINDOW), Image.Resampling.BOX, box=inside), dtype=np.float32),
-        )
+    large = ImageOps.expand(picture, 2 * WIDTH, (red, green, blue))
+    left, top, right, bottom = (side + 2 * WIDTH for side in square)
+    return np.asarray(large.resize((WINDOW, WINDOW), Image.Resampling.BOX, box=(left, top, right, bottom)), dtype=np.float32)
 
 
 def _label_costs(window: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
@@ -268,25 +273,45 @@ def _label_costs(window: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
     colours = [[world._tone(tone, colour) for tone in TONES] for colour in world.COLOURS.values()]
     flat = window.reshape(-1, 3)
     tones = _distance(flat, np.array(colours, dtype=np.float32)[:, :, None])
-    if leaded:  # the closing has removed thin ink
-        ink = TONES.index("ink")
-        tones[:, ink] = np.minimum(tones[:, ink], 0.4 * FAR)
-    walls = np.broadcast_to(_wall_distance(flat, wall), (len(colours), 1, len(flat)))
+    nothing = _wall_distance(flat, wall)
+    if leaded:
+        nothing = np.minimum(nothing, _distance(flat, world.INK) + LINE_COST * FAR)
+    walls = np.broadcast_to(nothing, (len(colours), 1, len(flat)))
     costs = np.minimum(np.concatenate([walls, tones], axis=1), FAR) / FAR
     return np.asarray(costs.reshape(len(colours), -1), dtype=np.float32)
 
 
+def _match(picture: Image.Image, drift: Pixels, square: Box, wall: _Wall, size: float | None) -> Finding:
+    """The template and colour that explain a square of the picture at the least cost."""
+    every, matrix = _templates(size)
+    costs = matrix @ _label_costs(_window(picture, square, wall) - drift, wall, leaded=size is not None).T
+    row, column = divmod(int(costs.argmin()), len(world.COLOURS))
+    (left, top, right, _), (a, b, c, d) = square, every[row].box
+    side = right - left
+    reading = Reading(every[row].kind, tuple(world.COLOURS)[column], wall.name)
+    return (float(costs[row, column]), reading, (left + a * side, top + b * side, left + c * side, top + d * side))
+
+
 def _best_match(picture: Image.Image, drift: Pixels, box: Box, wall: _Wall, *, leaded: bool) -> Finding:
-    """The template, colour and scale that explain the thing's surroundings at the least cost."""
-    every, matrix = _templates(leaded)
-    findings: list[Finding] = []
-    for (left, top, right, _), window in _windows(picture, box, wall):
-        costs = matrix @ _label_costs(window - drift, wall, leaded=leaded).T
-        row, column = divmod(int(costs.argmin()), len(world.COLOURS))
-        (a, b, c, d), side = every[row].box, right - left
-        reading = Reading(every[row].kind, tuple(world.COLOURS)[column], wall.name)
-        findings.append((float(costs[row, column]), reading, (left + a * side, top + b * side, left + c * side, top + d * side)))
-    return _cheapest(findings)
+    """The cheapest match near a box: from there, the best of all STEPS as long as it helps."""
+    left, top, right, bottom = box
+    length = max(right - left, bottom - top)
+    size = min(LEADED_SIZES, key=lambda size: abs(size * WIDTH - length)) if leaded else None
+
+    def match(place: Place) -> tuple[Finding, Place]:
+        scale, x, y = place
+        half = min(length * scale / THING_SHARE / 2, WIDTH)
+        x, y = (left + right) / 2 + x * length, (top + bottom) / 2 + y * length
+        return _match(picture, drift, (x - half, y - half, x + half, y + half), wall, size), place
+
+    best, (scale, x, y) = match((1.0, 0.0, 0.0))
+    for _ in range(ROUNDS):
+        tries = [match((scale * zoom, x + right, y + down)) for zoom, right, down in STEPS]
+        found, place = min(tries, key=lambda each: each[0][0])
+        if found[0] >= best[0]:
+            break
+        best, (scale, x, y) = found, place
+    return best
 
 
 @cache
@@ -295,7 +320,6 @@ def _pip_patterns() -> tuple[NDArray[np.complex64], ...]:
     patterns = []
     for size in PIP_SIZES:
         for tilt in (-7, 7):
-            creature = world._placed(world.Thing("pip", "teal", size=size, tilt=tilt), COARSE)
-            shares = _label_shares(creature, tuple(PIP_PARTS), COARSE)[1:]
+            shares = _shares(world.Thing("pip", "teal", size=size, tilt=tilt), list(PIP_PARTS), WIDTH)
             patterns.append(np.conj(np.fft.rfft2(shares / shares.sum(axis=(1, 2), keepdims=True))))
     return tuple(patterns)

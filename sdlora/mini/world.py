@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,7 +33,9 @@ INK: RGB = (38, 32, 46)
 CREAM: RGB = (255, 246, 222)
 SIZES = {"small": 0.5, "": 0.66, "big": 0.84}
 HELD_OUT_SHARE = 0.15
-OVERSAMPLING = 3
+WIDTH_PX = 64  # what the base model draws
+OVERSAMPLING = 4
+LEAD_SHARE = 0.03  # the width of a lead line, as a share of the picture's
 
 
 @dataclass(frozen=True)
@@ -200,35 +202,41 @@ def _plain(picture: Scene, width_px: int) -> Image.Image:
     return image
 
 
+def _leaded(pen: ImageDraw.ImageDraw, thing: Thing, width_px: float, lead: float) -> None:
+    """A thing's parts, all between leads `lead` pixels wide; the outline is stronger than the lines inside."""
+    parts = _placed(thing, width_px)
+    for _, points in parts:
+        _stroke(pen, points, max(1, round(2 * lead)))
+    for tone, points in parts:
+        _fill(pen, points, _tone(tone, COLOURS[thing.colour]))
+        if tone != "ink":
+            _stroke(pen, points, max(1, round(0.7 * lead)))
+
+
 def _stained_glass(picture: Scene, width_px: int) -> Image.Image:
     """The look of the example style: panes in shades of the background, rays of lead from the thing, and lead around each part."""
     wall = BACKGROUNDS[picture.background]
     image = Image.new("RGB", (width_px, width_px), wall)
     pen = ImageDraw.Draw(image)
-    lead = max(1, round(width_px * 0.024))
+    lead = LEAD_SHARE * width_px
     hub = np.array([picture.things[0].x, picture.things[0].y]) * width_px
-    rays, far = 12, 2.0 * width_px
+    rays, far = 8, 2.0 * width_px
     angle = np.deg2rad(np.arange(rays + 1) * 360 / rays + 15)
     ends = hub + far * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     for i in range(rays):
         _fill(pen, np.stack([hub, ends[i], ends[i + 1]]), _shade(wall, 0.3 if i % 2 else -0.14))
     for end in ends[:-1]:
-        pen.line([*map(float, hub), *map(float, end)], fill=INK, width=lead)
+        pen.line([*map(float, hub), *map(float, end)], fill=INK, width=round(lead))
     for thing in picture.things:
-        for _, points in _placed(thing, width_px):
-            _stroke(pen, points, 2 * lead)
-        for tone, points in _placed(thing, width_px):
-            _fill(pen, points, _tone(tone, COLOURS[thing.colour]))
-            if tone != "ink":
-                _stroke(pen, points, max(1, round(lead * 0.7)))
-    pen.rectangle((0, 0, width_px - 1, width_px - 1), outline=INK, width=lead)
+        _leaded(pen, thing, width_px, lead)
+    pen.rectangle((0, 0, width_px - 1, width_px - 1), outline=INK, width=round(lead))
     return image
 
 
 STYLES: dict[str, Callable[[Scene, int], Image.Image]] = {"plain": _plain, "stained glass": _stained_glass}
 
 
-def draw(picture: Scene, *, width_px: int = 128, style: str = "plain") -> Image.Image:
+def draw(picture: Scene, *, width_px: int = WIDTH_PX, style: str = "plain") -> Image.Image:
     """The picture of a scene, drawn larger and reduced so that edges are smooth.
 
     Args:
@@ -247,7 +255,7 @@ def _any_colour(rng: np.random.Generator) -> RGB:
     return red, green, blue
 
 
-def abstract(seed: int, index: int, *, width_px: int = 128) -> Image.Image:
+def abstract(seed: int, index: int, *, width_px: int = WIDTH_PX) -> Image.Image:
     """Random patches, bars and dots in any colour: teaches the autoencoder to show more than the world's own look.
 
     Stable Diffusion's autoencoder has seen all kinds of pictures too; a style that its autoencoder cannot show could never be learned.
@@ -270,6 +278,22 @@ def abstract(seed: int, index: int, *, width_px: int = 128) -> Image.Image:
     return image.resize((width_px, width_px), Image.Resampling.BOX)
 
 
-def moved(picture: Scene, **changes: float) -> Scene:
-    """The scene with its first thing changed, as `dataclasses.replace` does."""
-    return replace(picture, things=(replace(picture.things[0], **changes), *picture.things[1:]))  # type: ignore[arg-type]
+def web(seed: int, index: int, *, width_px: int = WIDTH_PX) -> Image.Image:
+    """Random panes between dark lines, with outlined patches before them: fine lines are what a small autoencoder learns last."""
+    rng = np.random.default_rng([seed, index, 5])
+    width = width_px * OVERSAMPLING
+    first = _any_colour(rng)
+    image = Image.new("RGB", (width, width), first)
+    pen = ImageDraw.Draw(image)
+    thick = max(1, round(width * rng.uniform(0.015, 0.04)))
+    for _ in range(int(rng.integers(2, 9))):
+        ends = rng.uniform(-0.3, 1.3, (3, 2)) * width
+        _fill(pen, ends, _shade(first, rng.uniform(-0.4, 0.5)) if rng.random() < 0.6 else _any_colour(rng))
+        _stroke(pen, ends, thick)
+    for _ in range(int(rng.integers(1, 5))):
+        corners = int(rng.choice([3, 4, 5, 24]))
+        angle = np.sort(rng.uniform(0, 2 * np.pi, corners)) if corners < 24 else np.linspace(0, 2 * np.pi, corners)
+        patch = np.stack([np.cos(angle), np.sin(angle)], axis=1) * rng.uniform(0.04, 0.3) * width + rng.uniform(0, width, 2)
+        _fill(pen, patch, _any_colour(rng))
+        _stroke(pen, patch, thick)
+    return image.resize((width_px, width_px), Image.Resampling.BOX)

@@ -1,0 +1,13 @@
+"""Starts the page: `python app.py`, then open http://127.0.0.1:7860."""
+
+import sys
+
+from sdlora.errors import UserError
+from sdlora.ui import page
+
+if __name__ == "__main__":
+    try:
+        page.launch()
+    except UserError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)

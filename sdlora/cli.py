@@ -1,0 +1,334 @@
+"""The command line: each command reads its arguments, calls the room that does the work, and shows its progress.
+
+The heavy libraries are imported inside the commands, so that `--help` answers at once. Exit codes: 0 done, 2 a mistake that the user
+can mend (one sentence), 130 interrupted (a checkpoint is kept), 1 our bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sdlora.errors import UserError
+
+if TYPE_CHECKING:
+    from sdlora.base_model import Base
+    from sdlora.config import Config
+    from sdlora.generate import LoRA, Request
+
+cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
+console = Console()
+
+BaseName = Annotated[str, typer.Option(help="mini, or a diffusers folder")]
+LoRANames = Annotated[list[str], typer.Option("--lora", metavar="FILE[:STRENGTH[:TEXT]]", help="LoRA file; strength -2 to 2")]
+Prompts = Annotated[list[str], typer.Option("--prompt", help="what to draw; can be given several times")]
+Negative = Annotated[str, typer.Option(help="what to keep out")]
+Seed = Annotated[int, typer.Option(min=0, help="same seed, same picture")]
+SamplingSteps = Annotated[int, typer.Option(min=1, max=1000, help="sampling steps")]
+Guidance = Annotated[float, typer.Option(min=1, max=50, help="how closely to follow the prompt; 1 for none")]
+Sampler = Annotated[str, typer.Option(help="DPM++ 2M, Euler a, DDIM, …")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="in pixels; the base's own if not given")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="the run folder; a new one below runs/ if not given")]
+
+
+@cli.command()
+def demo(out: RunFolder = None) -> None:
+    """Trains on the bundled style and draws a sheet of pictures with and without the LoRA."""
+    from sdlora import demo as story
+
+    folder = out or _free_folder(Path("runs/demo"))
+    run = story.style_config()
+    path = _train(run, folder)
+    with _progress() as bar:
+        sheet = bar.run("drawing the sheet", story.sheet(run, path, folder / "sheet.png"))
+    console.print(f"\nThe style as a LoRA file:      [bold]{path}[/]", soft_wrap=True)
+    console.print(f"Pictures without and with it:  [bold]{sheet}[/]", soft_wrap=True)
+    command = f"{Path(sys.argv[0]).name if sys.argv[0].endswith('sdlora') else 'sdlora'} app --loras {folder}"
+    console.print(f"Play with its strength:        {command}", soft_wrap=True)
+
+
+@cli.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="the run's TOML file")],
+    changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. lora.rank=8")] = [],  # noqa: B006
+    out: RunFolder = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
+) -> None:
+    """Trains a LoRA as a TOML file says."""
+    from sdlora import config as configs
+
+    run = configs.load(config, changes=changes)
+    if dry_run:
+        _show_plan(run)
+        return
+    folder = out or _free_folder(Path("runs") / run.name)
+    path = _train(run, folder)
+    console.print(f"The LoRA file: [bold]{path}[/]", soft_wrap=True)
+
+
+@cli.command()
+def generate(
+    prompt: Prompts,
+    base: BaseName = "mini",
+    lora: LoRANames = [],  # noqa: B006
+    negative: Negative = "",
+    seed: Seed = 0,
+    steps: SamplingSteps = 20,
+    guidance: Guidance = 4.0,
+    sampler: Sampler = "DPM++ 2M",
+    size: Size = None,
+    count: Annotated[int, typer.Option(min=1, help="pictures per prompt, with seeds counted up")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
+) -> None:
+    """Draws pictures with any number of LoRAs."""
+    from sdlora import generate as generator
+    from sdlora import lora_file
+
+    loras = [_lora(one) for one in lora]
+    requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
+    opened = _open_base(base)
+    generator.set_loras(opened, loras)
+    with _progress() as bar:
+        for request in requests:
+            drawn = generator.pictures(opened, request, count=count)
+            for one, image in bar.each(request.prompt, drawn, total=count):
+                path = _free_picture(out, one.seed)
+                lora_file.write(path, generator.png_bytes(image, generator.settings_text(opened, one, loras)))
+                bar.print(str(path))
+
+
+@cli.command()
+def compare(
+    prompt: Prompts,
+    lora: LoRANames,
+    out: Annotated[Path, typer.Option(help="the sheet, a .png file")],
+    base: BaseName = "mini",
+    strengths: Annotated[str, typer.Option(help="columns for each LoRA, with commas between them")] = "0.5,1",
+    negative: Negative = "",
+    seed: Seed = 0,
+    steps: SamplingSteps = 20,
+    guidance: Guidance = 4.0,
+    sampler: Sampler = "DPM++ 2M",
+    size: Size = None,
+) -> None:
+    """Draws a sheet: prompts as rows, no LoRA and each LoRA at each strength as columns, same seed in all."""
+    from sdlora import compare as sheets
+    from sdlora import lora_file
+
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: the sheet is a PNG; give a name that ends in .png.")
+    paths = [_lora(one).path for one in lora]
+    columns = sheets.columns(paths, [_number(one, "--strengths", -2, 2) for one in strengths.split(",")])
+    requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
+    opened = _open_base(base)
+    with _progress() as bar:
+        sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
+    lora_file.write(out, sheets.png_bytes(sheet))
+    console.print(f"The sheet: [bold]{out}[/]", soft_wrap=True)
+
+
+@cli.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a LoRA file")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Says what a LoRA file holds: family, rank, alpha, modules, trigger words, hashes."""
+    from sdlora import lora_file
+
+    facts = lora_file.facts(file)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        console.print(f"[bold]{key.replace('_', ' '):14}[/] {value}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def app(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    loras: Annotated[Path, typer.Option(help="folder whose LoRA files are listed")] = Path("runs"),
+    outputs: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
+    base: BaseName = "mini",
+    password: Annotated[str | None, typer.Option(envvar="SDLORA_PASSWORD", help="needed to listen beyond this machine")] = None,
+) -> None:
+    """Opens the page on which LoRAs are tried."""
+    from sdlora.ui import page
+
+    page.launch(host=host, port=port, loras=loras, outputs=outputs, base=base, password=password)
+
+
+def main() -> None:
+    """Runs the command line and turns what goes wrong into a sentence and an exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints about image processors are not for our users
+    try:
+        cli()
+    except UserError as problem:
+        print(f"sdlora: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- from words to values -----------------------------------------------------------------------------------------------------
+
+
+def _number(words: str, option: str, low: float, high: float) -> float:
+    try:
+        value = float(words)
+    except ValueError:
+        raise UserError(f"{option}: '{words}' is not a number; give one from {low:g} to {high:g}.") from None
+    if not low <= value <= high:
+        raise UserError(f"{option}: {words} is out of range; give a number from {low:g} to {high:g}.")
+    return value
+
+
+def _lora(words: str) -> LoRA:
+    """`FILE`, `FILE:STRENGTH` or `FILE:STRENGTH:TEXT_STRENGTH`; a colon in the file's own name is left alone."""
+    from sdlora.generate import LoRA
+
+    found = re.fullmatch(r"(.+?\.safetensors)((?::[^:]*){0,2})", words, re.IGNORECASE)
+    name, numbers = (found[1], found[2].split(":")[1:]) if found else (words, [])
+    values = [_number(one, f"--lora {words}", -2, 2) for one in numbers]
+    return LoRA(Path(name), *values)
+
+
+def _request(words: str, negative: str, seed: int, steps: int, guidance: float, sampler: str, size: str | None) -> Request:
+    from sdlora.generate import Request
+
+    found = re.fullmatch(r"(\d+)x(\d+)", size) if size else None
+    if size and not found:
+        raise UserError(f"--size {size}: give width and height in pixels, such as 512x768.")
+    width, height = (int(found[1]), int(found[2])) if found else (None, None)
+    return Request(words, negative, seed, steps, guidance, sampler, width, height)
+
+
+def _open_base(name: str) -> Base:
+    from sdlora import base_model, devices
+
+    device = devices.best_device()
+    return base_model.load(name, device=device, dtype=devices.base_dtype(device))
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or with the first number behind it that no run has taken."""
+    folders = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
+    return next(one for one in folders if not (one / "metrics.jsonl").exists())
+
+
+def _free_picture(folder: Path, seed: int) -> Path:
+    """A name that counts on from the pictures in a folder: nothing is written over."""
+    taken = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d+)-", path.name))]
+    return folder / f"{max(taken, default=0) + 1:05d}-{seed}.png"
+
+
+# --- progress -----------------------------------------------------------------------------------------------------------------
+
+
+class _Bars:
+    """Progress bars with time left; on something that is not a terminal, a line when a piece of work begins and ends."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def show(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Sets a bar; it appears with its first number."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name[:40], total=total, note="")
+        self.bars.update(self.tasks[name], completed=done, total=total, note=note)
+        if not self.bars.console.is_terminal and (done == total or done % max(1, total // 10) == 0):
+            self.bars.console.print(f"{name} {done}/{total} {note}", highlight=False, soft_wrap=True)
+
+    def each(self, name: str, items: Iterator[Any], *, total: int) -> Iterator[Any]:
+        """The items, with a bar that counts them."""
+        self.show(name, 0, total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.show(name, done, total)
+
+    def run(self, name: str, work: Iterator[Any]) -> Any:
+        """Follows work that yields (done, total) and, last, its result."""
+        for item in work:
+            if not isinstance(item, tuple):
+                return item
+            self.show(name, *item)
+        raise AssertionError("the work ended without a result")
+
+    def print(self, words: str) -> None:
+        """A line above the bars."""
+        self.bars.console.print(words, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bars]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield _Bars(bars)
+
+
+def _train(run: Config, folder: Path) -> Path:
+    """Runs the training with a progress bar; the first Ctrl-C saves and ends with exit code 130, a second ends at once."""
+    from sdlora import train as story
+
+    console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
+    with _progress() as bar, _ctrl_c_asks_to_stop(folder):
+        for event in story.train(run, folder):
+            match event:
+                case story.Encoding(done, total):
+                    bar.show("encoding pictures", done, total)
+                case story.Started():
+                    bar.print(
+                        f"{event.pictures} pictures; LoRA of rank {run.lora.rank} in {event.modules} modules, "
+                        f"{event.parameters:,} parameters; {event.steps} steps of {run.batch}"
+                    )
+                case story.Step():
+                    bar.show("training", event.step, run.steps, f"loss {event.loss:.4f}")
+                case story.Stopped():
+                    bar.print(f"Stopped after step {event.step}; the LoRA so far is {event.path}")
+                    raise typer.Exit(130)
+                case story.Done():
+                    return event.path
+    raise AssertionError("training ended without a result")
+
+
+@contextmanager
+def _ctrl_c_asks_to_stop(folder: Path) -> Iterator[None]:
+    from sdlora import run_folder
+
+    def ask(number: int, frame: object) -> None:
+        if run_folder.is_asked_to_stop(folder) or not (folder / "metrics.jsonl").exists():
+            raise KeyboardInterrupt
+        run_folder.ask_to_stop(folder)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_plan(run: Config) -> None:
+    """The resolved config, and what it would train on; everything that can be checked without training is."""
+    from sdlora import base_model, train
+    from sdlora import config as configs
+
+    samples = train.find_samples(run)
+    base_model.folder_of(run.base)
+    base_model.targets(run.lora.targets)
+    print(configs.to_toml(run))
+    visits = run.steps * run.batch * run.optimizer.accumulation
+    epoch = sum(sample.repeats for sample in samples)
+    print(f"# {len(samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")

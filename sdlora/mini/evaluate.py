@@ -1,0 +1,353 @@
+"""Measures what the mini base and its LoRAs draw: `python -m sdlora.mini.evaluate base|style|character [--lora FILE]`.
+
+Every figure is an answer to "how many of N pictures are right", and the judge is the world itself: `reader` says what a picture shows,
+and true drawings of the same thing in both looks say which look it has. The prompts are combinations that the base never saw.
+
+How a picture's look is told: stained glass is held together by lead, thin dark lines all over. A pixel is lead if it is near INK,
+clearly darker than a closing by 7 px makes it (it lies on something thin: a dark area or a grey smear is no lead), and one of at
+least four of its kind in its 3 × 3 surroundings (noise is no lead). Two numbers describe a picture: the share of lead pixels, and the
+share of 8 × 8 px cells with a line through them, which an outline around the thing alone does not fill. A picture counts as style if
+they are nearer to the mean of true stained-glass drawings of its combination than to that of plain ones, in units of the deviation
+pooled over both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sdlora import base_model, captions, devices, generate, images, lora_file, text
+from sdlora.base_model import Base
+from sdlora.errors import UserError
+from sdlora.generate import LoRA, Request
+from sdlora.mini import reader, world
+
+Combination = tuple[str, str, str]  # kind, colour, background
+Numbers = NDArray[np.float64]
+
+BATCH = 25
+COUNTS = {"base": 200, "style": 100, "character": 100}
+SHEET_CELLS = 48
+
+STYLE = "stained glass"
+WIDTH_PX = 64  # the side on which lead is looked for
+CLOSING_PX = 7  # lead is at most 4 px wide there
+DARKER = 40  # how much darker than the closing lead is, of 255
+INK_RADIUS = 110.0  # how far from INK lead may be: blur mixes a 2 px line with its panes
+NEIGHBOURS = 4  # of 9
+CELL_PX = 8
+CELL_SHARE = 0.05  # a cell with more lead than this has a line through it
+DRAWINGS = 12  # true drawings of a combination in each look
+LEAST_DEVIATION = np.array([0.02, 0.05])  # of the two numbers; twelve drawings can be alike by chance
+
+
+@dataclass(frozen=True)
+class Scores:
+    """In which share of the pictures the reader finds what the prompt asked for, 0 to 1."""
+
+    background: float
+    colour: float
+    kind: float
+    all_three: float
+
+
+@dataclass(frozen=True)
+class BaseReport:
+    """What the base draws of combinations that it never saw."""
+
+    pictures: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class StyleReport:
+    """The same prompts and seeds with and without a style: shares nearer to the style (0 to 1), and the fall of scores in points of 100."""
+
+    pictures: int
+    style_with: float
+    style_without: float
+    scores_with: Scores
+    scores_without: Scores
+    fall_points: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CharacterReport:
+    """In which share of the pictures the character is there when called, and not there when not called, 0 to 1."""
+
+    pictures: int
+    shown_when_called: float
+    absent_when_not_called: float
+
+
+Report = BaseReport | StyleReport | CharacterReport
+Cell = tuple[list[Image.Image], str]  # pictures side by side and the words under them
+
+# --- prompts and pictures -----------------------------------------------------------------------------------------------------
+
+
+def held_out(count: int, *, seed: int) -> list[Combination]:
+    """`count` combinations that the base never saw.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    found = world.held_out_prompts(count, seed=seed)
+    if not 0 < count <= len(found):
+        raise UserError(f"{count} held-out prompts cannot be drawn; give --count from 1 to {len(world.combinations(held_out=True))}.")
+    return found
+
+
+def prompt_of(combination: Combination) -> str:
+    """ "a red star on a blue background"."""
+    kind, colour, background = combination
+    return f"{world.phrase(kind, colour)} on {world.phrase('background', background)}"
+
+
+def pip_prompts(combinations: list[Combination]) -> list[str]:
+    """Prompts that call the character: alone for every other combination, in company of its thing for those between."""
+    return [
+        f"pip on {world.phrase('background', background)}" if i % 2 == 0 else f"pip and {prompt_of((kind, colour, background))}"
+        for i, (kind, colour, background) in enumerate(combinations)
+    ]
+
+
+@torch.no_grad()
+def draw(base: Base, prompts: list[str], settings: Request) -> Iterator[Image.Image]:
+    """Many pictures of the base's own size in batches; picture i is that of prompt i and seed `settings.seed` + i drawn alone, to rounding.
+
+    Args:
+        settings: all but the prompt; not for samplers that draw noise on their way ("Euler a"), which share it over a batch.
+    """
+    side = base.resolution_px // base.reduction
+    empty = text.encode(base, text.token_ids(base, [settings.negative]))
+    for start in range(0, len(prompts), BATCH):
+        words = prompts[start : start + BATCH]
+        seeds = range(settings.seed + start, settings.seed + start + len(words))
+        noise = torch.cat([torch.randn((1, 4, side, side), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        context = text.encode(base, text.token_ids(base, words))
+        *_, latents = generate.denoise(base, noise.to(base.device), context, empty.expand(len(words), -1, -1), settings)
+        yield from (images.to_image(pixels) for pixels in base_model.decode(base, latents))
+
+
+def drawn(base: Base, prompts: list[str], settings: Request, *, name: str) -> list[Image.Image]:
+    """The pictures of `draw`, with progress and time left on the error stream."""
+    return list(track(draw(base, prompts, settings), f"{name:<12}", total=len(prompts), console=Console(stderr=True)))
+
+
+# --- judging ------------------------------------------------------------------------------------------------------------------
+
+
+def scores(pictures: list[Image.Image], combinations: list[Combination]) -> Scores:
+    """The reader's verdict on pictures of these combinations."""
+    readings = [reader.read(picture) for picture in pictures]
+    pairs = list(zip(readings, combinations, strict=True))
+    right = np.array([[read.background == c[2], read.colour == c[1], read.kind == c[0]] for read, c in pairs])
+    background, colour, kind = right.mean(axis=0).tolist()
+    return Scores(background, colour, kind, float(right.all(axis=1).mean()))
+
+
+def lead(image: Image.Image) -> Numbers:
+    """The share of lead pixels and the share of cells that lead runs through [2], each 0 to 1; see the module's docstring."""
+    small = image.convert("RGB").resize((WIDTH_PX, WIDTH_PX), Image.Resampling.BOX)
+    grey = small.convert("L")
+    closed = grey.filter(ImageFilter.MaxFilter(CLOSING_PX)).filter(ImageFilter.MinFilter(CLOSING_PX))
+    thin = np.asarray(closed, dtype=np.int16) - np.asarray(grey) > DARKER
+    inky = np.linalg.norm(np.asarray(small, dtype=np.float64) - world.INK, axis=-1) < INK_RADIUS
+    mask = Image.fromarray((thin & inky).astype(np.uint8))
+    lines = thin & inky & np.asarray(mask.filter(ImageFilter.RankFilter(3, 9 - NEIGHBOURS)), dtype=bool)
+    cells = lines.reshape(WIDTH_PX // CELL_PX, CELL_PX, WIDTH_PX // CELL_PX, CELL_PX).mean(axis=(1, 3))
+    return np.array([lines.mean(), (cells > CELL_SHARE).mean()])
+
+
+@cache
+def looks(combination: Combination) -> tuple[Numbers, Numbers, Numbers]:
+    """Of true drawings of a combination in random places: mean in the plain look, mean in the style, and pooled deviation [2 each]."""
+    rng = np.random.default_rng([*"/".join(combination).encode()])
+    scenes = [world.scene(*combination, rng=rng, size_word="") for _ in range(DRAWINGS)]
+    plain, style = (np.stack([lead(world.draw(one, style=look)) for one in scenes]) for look in ("plain", STYLE))
+    deviation = np.sqrt((plain.var(axis=0) + style.var(axis=0)) / 2)
+    return plain.mean(axis=0), style.mean(axis=0), np.maximum(deviation, LEAST_DEVIATION)
+
+
+def is_style(image: Image.Image, combination: Combination) -> bool:
+    """Whether a picture of this combination is nearer to true drawings in the style than to plain ones."""
+    plain, style, deviation = looks(combination)
+    to_plain, to_style = (float(np.linalg.norm((lead(image) - mean) / deviation)) for mean in (plain, style))
+    return to_style < to_plain
+
+
+def style_share(pictures: list[Image.Image], combinations: list[Combination]) -> float:
+    """The share of the pictures that are nearer to the style, 0 to 1."""
+    return float(np.mean([is_style(picture, one) for picture, one in zip(pictures, combinations, strict=True)]))
+
+
+def style_report(without: list[Image.Image], with_style: list[Image.Image], combinations: list[Combination]) -> StyleReport:
+    """Compares the same prompts and seeds without and with a style."""
+    before, after = scores(without, combinations), scores(with_style, combinations)
+    fall = {name: round(100 * (share - getattr(after, name)), 1) for name, share in asdict(before).items()}
+    shares = style_share(with_style, combinations), style_share(without, combinations)
+    return StyleReport(len(combinations), *shares, after, before, fall)
+
+
+# --- the three measurements ---------------------------------------------------------------------------------------------------
+
+
+def words_of(combination: Combination) -> str:
+    """What stands under a cell of the sheet."""
+    kind, colour, background = combination
+    return f"{colour} {kind}, {background}"
+
+
+def measure_base(base: Base, loras: list[LoRA], settings: Request, count: int) -> tuple[BaseReport, list[Cell]]:
+    """Held-out prompts, read by the reader."""
+    chosen = held_out(count, seed=settings.seed)
+    generate.set_loras(base, loras)
+    pictures = drawn(base, [prompt_of(one) for one in chosen], settings, name="pictures")
+    cells: list[Cell] = [([picture], words_of(one)) for picture, one in zip(pictures, chosen, strict=True)]
+    return BaseReport(count, scores(pictures, chosen)), cells
+
+
+def measure_style(base: Base, loras: list[LoRA], settings: Request, count: int) -> tuple[StyleReport, list[Cell]]:
+    """Held-out prompts without and with the LoRA at the same seeds; the LoRA's own trigger word, if it has one, only with it."""
+    chosen = held_out(count, seed=settings.seed)
+    prompts = [prompt_of(one) for one in chosen]
+    generate.set_loras(base, [])
+    without = drawn(base, prompts, settings, name="without LoRA")
+    generate.set_loras(base, loras)
+    trigger = lora_file.read(loras[0].path).metadata.get("modelspec.trigger_phrase", "")
+    with_style = drawn(base, [captions.with_trigger(prompt, trigger) for prompt in prompts], settings, name="with LoRA")
+    cells: list[Cell] = [([one, other], words_of(c)) for one, other, c in zip(without, with_style, chosen, strict=True)]
+    return style_report(without, with_style, chosen), cells
+
+
+def measure_character(base: Base, loras: list[LoRA], settings: Request, count: int) -> tuple[CharacterReport, list[Cell]]:
+    """`count` prompts with the character's name and `count` held-out prompts without it, both with the LoRA."""
+    chosen = held_out(count, seed=settings.seed)
+    generate.set_loras(base, loras)
+    called = drawn(base, pip_prompts(chosen), settings, name="called")
+    not_called = drawn(base, [prompt_of(one) for one in chosen], settings, name="not called")
+    shown, absent = np.mean([reader.shows_pip(one) for one in called]), np.mean([not reader.shows_pip(one) for one in not_called])
+    half = SHEET_CELLS // 2
+    cells: list[Cell] = [([picture], prompt.split(" background")[0]) for picture, prompt in zip(called, pip_prompts(chosen), strict=True)]
+    others: list[Cell] = [([picture], words_of(one)) for picture, one in zip(not_called, chosen, strict=True)]
+    return CharacterReport(count, float(shown), float(absent)), cells[:half] + others[:half]
+
+
+MEASURES: dict[str, Callable[[Base, list[LoRA], Request, int], tuple[Report, list[Cell]]]] = {
+    "base": measure_base,
+    "style": measure_style,
+    "character": measure_character,
+}
+
+
+# --- showing ------------------------------------------------------------------------------------------------------------------
+
+
+def rows(report: Report) -> list[tuple[str, str, str]]:
+    """What was measured, the figure, and the goal."""
+    if isinstance(report, BaseReport):
+        goals = {"background": "≥ 95%", "colour": "≥ 90%", "kind": "≥ 85%", "all_three": "≥ 80%"}
+        return [(f"{name} right", f"{share:.1%}", goals[name]) for name, share in asdict(report.scores).items()]
+    if isinstance(report, CharacterReport):
+        shown, absent = f"{report.shown_when_called:.1%}", f"{report.absent_when_not_called:.1%}"
+        return [("character shown when called", shown, "≥ 90%"), ("character absent when not called", absent, "≥ 95%")]
+    before, after = asdict(report.scores_without), asdict(report.scores_with)
+    goals = {"background": "fall ≤ 10 points", "kind": "fall ≤ 10 points"}
+    return [
+        ("in the style with LoRA", f"{report.style_with:.1%}", "≥ 95%"),
+        ("in the style without LoRA", f"{report.style_without:.1%}", "about 0%"),
+        *(
+            (f"{name} right: without, with, fall", f"{before[name]:.1%}, {after[name]:.1%}, {fall:+.1f} points", goals.get(name, ""))
+            for name, fall in report.fall_points.items()
+        ),
+    ]
+
+
+def sheet(cells: list[Cell], *, scale: int = 2, line_px: int = 16) -> Image.Image:
+    """The first 48 cells as a grid of enlarged pictures with their words below.
+
+    Args:
+        scale: how many times the pictures are enlarged.
+        line_px: height of the words.
+    """
+    cells = cells[:SHEET_CELLS]
+    wide, side = len(cells[0][0]), cells[0][0][0].width * scale
+    columns = 8 // wide
+    width, height = wide * side + 8, side + line_px + 4
+    grid = Image.new("RGB", (columns * width, -(-len(cells) // columns) * height), "white")
+    pen, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
+    for i, (pictures, words) in enumerate(cells):
+        x, y = i % columns * width + 4, i // columns * height + 4
+        for k, picture in enumerate(pictures):
+            grid.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x + k * side, y))
+        pen.text((x + wide * side / 2, y + side + 2), words, fill="black", font=font, anchor="ma")
+    return grid
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m sdlora.mini.evaluate", description="Measures what the mini base and its LoRAs draw.")
+    parser.add_argument("measure", choices=tuple(MEASURES))
+    parser.add_argument("--base", default="mini", help="mini, or a diffusers folder")
+    parser.add_argument("--lora", type=Path, help="LoRA file; needed for style and character")
+    parser.add_argument("--strength", type=float, default=LoRA.strength, help="of the LoRA")
+    parser.add_argument("--count", type=int, help="prompts; 200 for base, else 100")
+    parser.add_argument("--seed", type=int, default=Request.seed, help="chooses the prompts, and is the first picture's seed")
+    parser.add_argument("--guidance", type=float, default=Request.guidance)
+    parser.add_argument("--steps", type=int, default=Request.steps, help="of the sampler")
+    parser.add_argument("--sheet", type=Path, help="PNG of the first 48 pictures")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args(words)
+    if options.lora is None and options.measure != "base":
+        parser.error(f"{options.measure} needs --lora FILE")
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Opens the base, measures, and writes what was asked for."""
+    device = devices.best_device()
+    base = base_model.load(options.base, device=device, dtype=devices.base_dtype(device))
+    settings = Request("", seed=options.seed, steps=options.steps, guidance=options.guidance)
+    loras = [LoRA(options.lora, options.strength)] if options.lora else []
+    count = COUNTS[options.measure] if options.count is None else options.count
+    report, cells = MEASURES[options.measure](base, loras, settings, count)
+    table = Table("measure", "figure", "goal", title=f"{report.pictures} pictures")
+    for row in rows(report):
+        table.add_row(*row)
+    Console().print(table)
+    if options.sheet:
+        buffer = io.BytesIO()
+        sheet(cells).save(buffer, "PNG")
+        lora_file.write(options.sheet, buffer.getvalue())
+    if options.json:
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        lora_file.write(options.json, (json.dumps({"settings": values, **asdict(report)}, indent=2) + "\n").encode())
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command; 2 and one sentence for a mistake that the user can mend."""
+    try:
+        measure(arguments(words))
+    except UserError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""Puts the page together and listens for a browser.
+
+Nothing leaves the machine: no analytics, no fonts from elsewhere, and only this computer may connect unless a password is set. The
+folder of pictures may be read from the page; the folder of LoRA files may not.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+
+from sdlora.errors import UserError
+from sdlora.ui import generate_page
+from sdlora.ui.studio import Studio
+
+LORAS, OUTPUTS = Path("runs"), Path("outputs")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+TITLE = """<h1>sdlora</h1><p>Draw with Stable Diffusion, and see what your LoRA changes.</p>"""
+CSS = """
+.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.9rem; font-weight: 700; margin: 0; letter-spacing: -0.02em; }
+#title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0; }
+#examples { gap: 6px; margin-top: -8px; }
+#examples button { font-weight: 400; white-space: normal; line-height: 1.2; }
+#lora-box .lora-slot { padding: 0; }
+#seed-row { align-items: end; }
+.message { border-radius: 10px; padding: 10px 14px; background: var(--background-fill-secondary); }
+.message { border-left: 4px solid var(--border-color-primary); }
+.message.busy { border-left-color: var(--primary-500); }
+.message.good { border-left-color: #16a34a; }
+.message.bad { border-left-color: #dc2626; background: #fef2f2; color: #7f1d1d; }
+.bar { height: 6px; border-radius: 3px; margin-top: 8px; background: var(--border-color-primary); overflow: hidden; }
+.bar div { height: 100%; background: var(--primary-500); transition: width 0.15s linear; }
+.welcome { padding: 40px 32px; border: 2px dashed var(--border-color-primary); border-radius: 14px; color: var(--body-text-color-subdued); }
+.welcome h2 { font-size: 1.2rem; margin: 0 0 12px; color: var(--body-text-color); }
+.welcome ol { padding-left: 1.3em; line-height: 2; list-style: decimal; }
+.pictures img { width: 100% !important; height: 100% !important; object-fit: contain !important; image-rendering: pixelated; }
+"""
+
+
+def build(*, loras: Path, outputs: Path, base: str = "mini") -> gr.Blocks:
+    """The page, not yet listening.
+
+    Args:
+        loras: where LoRA files are looked for, at any depth.
+        outputs: where pictures are saved; all files in it can be read from the page.
+        base: "mini" or a folder with a diffusers pipeline.
+
+    Raises:
+        UserError: if the LoRA files lie inside the folder of pictures.
+    """
+    if loras.resolve().is_relative_to(outputs.resolve()):
+        raise UserError(f"Folder {outputs} holds the LoRA folder {loras}, and all that it holds can be read from the page; choose another.")
+    studio = Studio(loras, outputs)
+    demo: gr.Blocks
+    with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
+        gr.HTML(TITLE, elem_id="title")
+        parts = generate_page.layout(studio, base=base)
+        generate_page.wire(studio, parts, demo)
+    return demo
+
+
+def launch(
+    *, host: str = "127.0.0.1", port: int = 7860, loras: Path = LORAS, outputs: Path = OUTPUTS, base: str = "mini",
+    password: str | None = None, open_browser: bool = False, wait: bool = True,
+) -> gr.Blocks:  # fmt: skip
+    """Serves the page; returns when it is interrupted, or at once if `wait` is false.
+
+    Args:
+        password: asked for in the browser (the user name is free); needed for any host but this computer.
+        open_browser: opens the page in the default browser.
+
+    Raises:
+        UserError: if the host needs a password, or the port is taken.
+    """
+    if host not in LOOPBACK and not password:
+        raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
+    demo = build(loras=loras, outputs=outputs, base=base)
+    theme = gr.themes.Soft(
+        primary_hue="violet",
+        neutral_hue="slate",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+    try:
+        demo.launch(
+            server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=not wait, quiet=True,
+            share=False, ssr_mode=False, footer_links=[], allowed_paths=[str(outputs.resolve())], theme=theme, css=CSS,
+        )  # fmt: skip
+    except OSError as problem:
+        raise UserError(f"Port {port} on {host} cannot be used, most likely because it is taken; choose another with --port.") from problem
+    return demo
+
+
+def _guard(password: str | None) -> Callable[[str, str], bool] | None:
+    """Whether a login is right; compared in constant time."""
+    if not password:
+        return None
+    return lambda user, given: hmac.compare_digest(given.encode(), password.encode())
