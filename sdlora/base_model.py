@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sdlora import lora, lora_file
 from sdlora.errors import UserError
@@ -87,6 +88,7 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype) -> Base:
         UserError: if there is no such base, or its files are damaged.
     """
     folder = folder_of(name)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through our own bars
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **options)

@@ -31,7 +31,9 @@ def style_config() -> Config:
     """
     path = ROOT / "configs" / "mini-style.toml"
     if not path.is_file():
-        raise UserError(f"{path} is missing: the demo needs the project's folders configs/ and datasets/; run it from a clone of the project.")
+        raise UserError(
+            f"{path} is missing: the demo needs the project's folders configs/ and datasets/; run it from a clone of the project."
+        )
     return config.load(path)
 
 

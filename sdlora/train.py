@@ -17,7 +17,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora import (
-    base_model, captions, dataset, devices, generate, latents, lora, lora_file, loss, noise, optimizer, run_folder, text,
+    base_model,
+    captions,
+    dataset,
+    devices,
+    generate,
+    latents,
+    lora,
+    lora_file,
+    loss,
+    noise,
+    optimizer,
+    run_folder,
+    text,
 )  # fmt: skip
 from sdlora.base_model import Base
 from sdlora.config import Config

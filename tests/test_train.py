@@ -13,19 +13,22 @@ from sdlora.errors import UserError
 
 def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
     values = {"base": str(tiny), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "steps": 6, "batch": 2}
-    return config.parse(values | {"save_every": 3, "lora": {"rank": 2, "alpha": 2.0}} | changes, where="test")
+    return config.parse(values | {"save_every": 3, "sample_every": 3, "sample_prompts": ["a cup"], "lora": {"rank": 2, "alpha": 2.0}} | changes, where="test")
 
 
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     events = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
     assert [type(event).__name__ for event in events] == [
-        *["Encoding"] * 5, "Started", *["Step"] * 3, "Saved", *["Step"] * 3, "Saved", "Done",
+        *["Encoding"] * 5, "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
     ]  # fmt: skip
     started = events[5]
     assert isinstance(started, train.Started)
-    assert (started.pictures, started.modules, started.steps) == (5, 7 * 8 + 2 * 4, 6)
+    assert (started.pictures, started.modules, started.steps) == (5, 7 * 8, 6)
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert names == {"config.toml", "metrics.jsonl", "checkpoints/tiny-000003.safetensors", "tiny.safetensors"}
+    assert names == {
+        "config.toml", "metrics.jsonl", "checkpoints/tiny-000003.safetensors", "tiny.safetensors",
+        "samples/000000-0.png", "samples/000003-0.png", "samples/000006-0.png",
+    }  # fmt: skip
     assert config.load(tmp_path / "run/config.toml") == run_config(tiny_base, pictures)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
@@ -43,6 +46,33 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(tiny_base: Path, 
         list(train.train(run, tmp_path / name))
         contents.append((tmp_path / name / "tiny.safetensors").read_bytes())
     assert contents[0] == contents[1] != contents[2]
+
+
+def test_a_character_trains_the_text_encoder_too(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    run = run_config(tiny_base, pictures, kind="character", steps=1, sample_every=0)
+    started = next(event for event in train.train(run, tmp_path / "run") if isinstance(event, train.Started))
+    assert started.modules == 7 * 8 + 2 * 4
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_ends(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    events = train.train(run_config(tiny_base, pictures, steps=50, save_every=50), tmp_path / "run")
+    seen = []
+    for event in events:
+        seen.append(event)
+        if isinstance(event, train.Step) and event.step == 2:
+            run_folder.ask_to_stop(tmp_path / "run")
+    assert isinstance(seen[-1], train.Stopped)
+    assert seen[-1].step == 2
+    assert lora_file.read(seen[-1].path).ranks == [2]
+    assert not run_folder.result_path(tmp_path / "run", "tiny").exists()
+
+
+def test_samples_do_not_change_what_is_learned(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    contents = []
+    for name, sample_every in (("with", 1), ("without", 0)):
+        list(train.train(run_config(tiny_base, pictures, steps=3, sample_every=sample_every), tmp_path / name))
+        contents.append((tmp_path / name / "tiny.safetensors").read_bytes())
+    assert contents[0] == contents[1]
 
 
 def test_accumulation_takes_steps_over_several_batches(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
