@@ -28,12 +28,11 @@ THING_SHARE = 0.7  # how much of a template's side the thing takes; the rest is 
 RING, LEADED_RING = 4, 7  # the border, in pixels, at which the wall is looked for; a leaded picture has a frame of 2
 INK_RADIUS = 45.0  # how far from INK a colour may be; brown's dark tone is at 54
 LEADED_SHARE = 0.06  # more ink than this at the border means lead lines
-LINE_COST = 0.3  # what ink costs, from 0 to 1, where a leaded template has wall: rays of lead cross a wall
+LINE_COST = 0.4  # what ink costs, from 0 to 1, where a leaded template has wall: rays of lead cross a wall
 FAR = 90.0  # colour distances above this count the same: a wrong tone is wrong
 TONES = ("main", "light", "dark", "ink", "cream")
 NOTHING: world.RGB = (1, 1, 1)  # a colour that no tone has
 TILTS = (-8, 0, 8)
-LEADED_SIZES = tuple(size for size in world.SIZES.values())  # the smaller a thing, the thicker its leads are to it
 STEPS = ((1.0, 0.05, 0.0), (1.0, -0.05, 0.0), (1.0, 0.0, 0.05), (1.0, 0.0, -0.05), (0.93, 0.0, 0.0), (1.07, 0.0, 0.0))
 ROUNDS = 4  # how many STEPS (a scale, and a way in lengths of the box) a match may take away from the box that was found
 PIP_PARTS = (world.COLOURS["teal"], world.COLOURS["orange"], world.CREAM)  # body, belly and eyes
@@ -100,28 +99,20 @@ def shows_pip(image: Image.Image) -> bool:
 
 
 def _find(image: Image.Image) -> Finding:
-    picture = _picture(image)
-    pixels = np.asarray(picture, dtype=np.float32)
+    pixels = _pixels(image)
     ink = _distance(pixels, world.INK) < 2 * INK_RADIUS
     leaded = bool(ink[_ring(RING)].mean() > LEADED_SHARE)
     clear = _ring(LEADED_RING) & ~_filtered(ink, ImageFilter.MaxFilter(3))
     border = pixels[clear if leaded and clear.any() else _ring(RING)]
     wall = _nearest_wall(border)
-    drift = _drift(border, wall)
-    boxes = _thing_boxes(pixels - drift, wall, leaded=leaded)
-    return _cheapest([_best_match(picture, drift, box, wall, leaded=leaded) for box in boxes])
-
-
-def _cheapest(findings: list[Finding]) -> Finding:
+    pixels = pixels - _drift(border, wall)
+    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    findings = [_best_match(picture, box, wall, leaded=leaded) for box in _thing_boxes(pixels, wall, leaded=leaded)]
     return min(findings, key=lambda finding: finding[0])
 
 
-def _picture(image: Image.Image) -> Image.Image:
-    return image.convert("RGB").resize((WIDTH, WIDTH), Image.Resampling.BOX)
-
-
 def _pixels(image: Image.Image) -> Pixels:
-    return np.asarray(_picture(image), dtype=np.float32)
+    return np.asarray(image.convert("RGB").resize((WIDTH, WIDTH), Image.Resampling.BOX), dtype=np.float32)
 
 
 def _distance(pixels: Pixels, colour: Pixels | world.RGB) -> Pixels:
@@ -192,7 +183,7 @@ def _thing_boxes(pixels: Pixels, wall: _Wall, *, leaded: bool) -> list[Box]:
     mask &= ~((np.minimum(*shades) < 30) & _filtered(on_wall, ImageFilter.MaxFilter(5)))
     mask[[0, 1, -2, -1]] = mask[:, [0, 1, -2, -1]] = False  # the frame
     mask &= _filtered(mask, ImageFilter.RankFilter(3, 6))
-    return [_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(7)))), _box(mask)]
+    return list(dict.fromkeys([_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(7)))), _box(mask)]))  # once if they are one
 
 
 def _box(mask: Mask) -> Box:
@@ -281,10 +272,10 @@ def _label_costs(window: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
     return np.asarray(costs.reshape(len(colours), -1), dtype=np.float32)
 
 
-def _match(picture: Image.Image, drift: Pixels, square: Box, wall: _Wall, size: float | None) -> Finding:
+def _match(picture: Image.Image, square: Box, wall: _Wall, size: float | None) -> Finding:
     """The template and colour that explain a square of the picture at the least cost."""
     every, matrix = _templates(size)
-    costs = matrix @ _label_costs(_window(picture, square, wall) - drift, wall, leaded=size is not None).T
+    costs = matrix @ _label_costs(_window(picture, square, wall), wall, leaded=size is not None).T
     row, column = divmod(int(costs.argmin()), len(world.COLOURS))
     (left, top, right, _), (a, b, c, d) = square, every[row].box
     side = right - left
@@ -292,17 +283,18 @@ def _match(picture: Image.Image, drift: Pixels, square: Box, wall: _Wall, size: 
     return (float(costs[row, column]), reading, (left + a * side, top + b * side, left + c * side, top + d * side))
 
 
-def _best_match(picture: Image.Image, drift: Pixels, box: Box, wall: _Wall, *, leaded: bool) -> Finding:
+def _best_match(picture: Image.Image, box: Box, wall: _Wall, *, leaded: bool) -> Finding:
     """The cheapest match near a box: from there, the best of all STEPS as long as it helps."""
     left, top, right, bottom = box
     length = max(right - left, bottom - top)
-    size = min(LEADED_SIZES, key=lambda size: abs(size * WIDTH - length)) if leaded else None
+    # the smaller a thing, the thicker its leads are to it
+    size = min(world.SIZES.values(), key=lambda size: abs(size * WIDTH - length)) if leaded else None
 
     def match(place: Place) -> tuple[Finding, Place]:
         scale, x, y = place
         half = min(length * scale / THING_SHARE / 2, WIDTH)
         x, y = (left + right) / 2 + x * length, (top + bottom) / 2 + y * length
-        return _match(picture, drift, (x - half, y - half, x + half, y + half), wall, size), place
+        return _match(picture, (x - half, y - half, x + half, y + half), wall, size), place
 
     best, (scale, x, y) = match((1.0, 0.0, 0.0))
     for _ in range(ROUNDS):

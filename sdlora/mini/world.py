@@ -202,7 +202,7 @@ def _plain(picture: Scene, width_px: int) -> Image.Image:
     return image
 
 
-def _leaded(pen: ImageDraw.ImageDraw, thing: Thing, width_px: float, lead: float) -> None:
+def _leaded(pen: ImageDraw.ImageDraw, thing: Thing, width_px: int, lead: float) -> None:
     """A thing's parts, all between leads `lead` pixels wide; the outline is stronger than the lines inside."""
     parts = _placed(thing, width_px)
     for _, points in parts:
