@@ -41,7 +41,7 @@ def sheet(run: Config, lora: Path, out: Path) -> Iterator[tuple[int, int] | Path
     """Draws the comparison sheet of the finished run: yields (done, total), and at the end where it lies."""
     device = devices.best_device()
     base = base_model.load(run.base, device=device, dtype=devices.base_dtype(device))
-    requests = [Request(f"{run.trigger} {words}", seed=7 + i) for i, words in enumerate(PROMPTS)]
+    requests = [Request(f"{run.trigger}, {words}", seed=7 + i) for i, words in enumerate(PROMPTS)]
     for item in compare.draw(base, requests, compare.columns([lora], [0.5, 1.0])):
         if isinstance(item, tuple):
             yield item
