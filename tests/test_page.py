@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -235,6 +236,23 @@ def served(place: Studio, tiny_base: Path) -> Iterator[gr.Blocks]:
     demo = page.launch(port=free_port(), loras=place.loras, outputs=place.outputs, base=str(tiny_base), wait=False)
     yield demo
     demo.close(verbose=False)
+
+
+def test_a_password_is_asked_for_and_lora_files_are_never_served(place: Studio, tiny_base: Path) -> None:
+    options: dict[str, Any] = {"loras": place.loras, "outputs": place.outputs, "base": str(tiny_base), "wait": False}
+    demo = page.launch(port=free_port(), password="open sesame", **options)
+    try:
+        with httpx.Client(base_url=str(demo.local_url)) as browser:
+            assert browser.get("/config").status_code == 401
+            assert browser.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
+            assert browser.post("/login", data={"username": "me", "password": "open sesame"}).status_code == 200
+            assert browser.get("/config").status_code == 200
+            (place.outputs / "x.png").parent.mkdir(parents=True, exist_ok=True)
+            (place.outputs / "x.png").write_bytes(b"picture")
+            assert browser.get(f"/gradio_api/file={place.outputs / 'x.png'}").content == b"picture"
+            assert browser.get(f"/gradio_api/file={place.loras / 'calm.safetensors'}").status_code == 403
+    finally:
+        demo.close(verbose=False)
 
 
 def pictures_on(browser_page: Page, gallery: str) -> list[bytes]:

@@ -19,7 +19,8 @@ from sdlora.generate import LoRA, Request
 from sdlora.ui import studio as studios
 from sdlora.ui.studio import Drawn, Order, Studio
 
-OWN_SIZE = "as the base was trained"
+SMALL_PX = 128  # pictures up to this width are enlarged with hard edges
+OWN_SIZE = "the base's own"
 
 
 def message(text: str, *, kind: str = "calm", share: float | None = None) -> str:
@@ -99,11 +100,12 @@ def _duration(seconds: float) -> str:
 def shown(drawn: Drawn, order: Order) -> dict[str, Any]:
     """What changes on the page for a job's state, by the control's name."""
     names = ", ".join(f"{one.path.stem} × {one.strength:g}" for one in order.loras)  # noqa: RUF001
-    columns = 1 if order.count == 1 else 2 if order.beside or order.count in (2, 4) else 3
+    columns = 1 if order.count == 1 or (order.beside and order.count <= 3) else 2
+    sharp = "pictures small" if drawn.width_px <= SMALL_PX else "pictures"
     rows = {"with_lora": (f"With {names}" if names else "Without LoRA", bool(drawn.with_lora)), "without": ("Without LoRA", order.beside)}
     galleries = {
         row: gr.update(
-            value=[(str(path), f"seed {seed}") for path, seed in getattr(drawn, row)], label=label, columns=columns,
+            value=[(str(path), f"seed {seed}") for path, seed in getattr(drawn, row)], label=label, columns=columns, elem_classes=sharp,
             visible=visible and bool(drawn.with_lora),
         )
         for row, (label, visible) in rows.items()

@@ -59,10 +59,11 @@ def layout(studio: Studio, *, base: str) -> Parts:
     """Everything that is seen, to be called inside a `gr.Blocks`."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=380):
-            made = _words(studio) | _settings(base)
+            made = _words(studio) | _seeds()
             with gr.Row(elem_id="buttons"):
                 made["go"] = gr.Button("Generate", variant="primary", size="lg", scale=3, elem_id="generate")
                 made["stop"] = gr.Button("Stop", variant="stop", size="lg", scale=1, interactive=False, elem_id="stop")
+            made |= _settings(base)
         with gr.Column(scale=6, min_width=420):
             made |= _results()
     return Parts(**made)
@@ -82,26 +83,33 @@ def _words(studio: Studio) -> dict[str, Any]:
     with gr.Group(elem_id="lora-box"):
         for i in range(SLOTS):
             with gr.Row(elem_classes="lora-slot"):
-                label = "LoRA" if i == 0 else f"LoRA {i + 1}"
+                label = "LoRA" if i == 0 else "Another LoRA"
                 loras.append(gr.Dropdown(actions.choices_of(studio), value="", label=label, visible=i == 0, elem_id=f"lora-{i}"))
                 strengths.append(gr.Slider(-2, 2, 1, step=0.05, label="Strength", visible=False, elem_id=f"strength-{i}"))
-        refresh = gr.Button("↻ Look again for LoRA files", size="sm", elem_id="refresh")
+        refresh = gr.Button("Look again for LoRA files", size="sm", elem_id="refresh", elem_classes="flat")
     beside = gr.Checkbox(True, label="Beside the same without LoRA", visible=False, container=False, elem_id="beside")
     return {"prompt": prompt, "negative": negative, "loras": loras, "strengths": strengths, "refresh": refresh, "beside": beside}
 
 
+def _seeds() -> dict[str, Any]:
+    """Which pictures and how many."""
+    made: dict[str, Any] = {}
+    with gr.Row(elem_id="seed-row", equal_height=True):
+        with gr.Group(elem_id="seed-box"):
+            made["seed"] = gr.Number(Request("").seed, label="Seed", precision=0, min_width=150, elem_id="seed")
+            made["dice"] = gr.Button("New seed", size="sm", elem_id="dice", elem_classes="flat")
+        made["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures", min_width=150, elem_id="count")
+    return made
+
+
 def _settings(base: str) -> dict[str, Any]:
-    """Seed and count in sight, the rest folded away with good defaults."""
+    """What has good defaults, folded away."""
     plain = Request("")
     made: dict[str, Any] = {}
-    with gr.Row(elem_id="seed-row"):
-        made["seed"] = gr.Number(plain.seed, label="Seed", info="Same seed, same picture", precision=0, min_width=120, elem_id="seed")
-        made["dice"] = gr.Button("🎲 New seed", size="sm", min_width=90, scale=0, elem_id="dice")
-        made["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures", info="One per seed", min_width=120, elem_id="count")
     with gr.Accordion("More settings", open=False, elem_id="more"):
         with gr.Row():
-            made["steps"] = gr.Slider(1, 100, plain.steps, step=1, label="Steps", info="More is slower and finer", elem_id="steps")
-            made["guidance"] = gr.Slider(1, 15, plain.guidance, step=0.5, label="Guidance", info="How closely to obey", elem_id="guidance")
+            made["steps"] = gr.Slider(1, 100, plain.steps, step=1, label="Steps", elem_id="steps")
+            made["guidance"] = gr.Slider(1, 15, plain.guidance, step=0.5, label="Guidance", elem_id="guidance")
         with gr.Row():
             made["sampler"] = gr.Dropdown(list(generate.SAMPLERS), value=plain.sampler, label="Sampler", elem_id="sampler")
             made["size"] = gr.Dropdown(
@@ -126,8 +134,8 @@ def _results() -> dict[str, Any]:
         "buttons": ["download", "fullscreen"], "elem_classes": "pictures", "show_label": True,
     }  # fmt: skip
     made: dict[str, Any] = {
-        "status": gr.HTML(actions.message("Starting…"), elem_id="status"),
-        "welcome": gr.HTML(WELCOME, elem_id="welcome"),
+        "status": gr.HTML(actions.message("Starting…"), elem_id="status", padding=False),
+        "welcome": gr.HTML(WELCOME, elem_id="welcome", padding=False),
     }
     with gr.Row(equal_height=False):
         made["without"] = gr.Gallery(label="Without LoRA", elem_id="pictures-without", **look)
@@ -167,5 +175,5 @@ def wire(studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     for slot in parts.loras:
         slot.change(actions.choose_loras, parts.loras, [*parts.loras, *parts.strengths, parts.beside], queue=False, **QUIET)
         slot.input(on_check, [parts.base, *parts.loras], parts.status, **GPU, **QUIET)
-    demo.load(on_refresh, parts.loras, [*parts.loras, parts.status], **QUIET)
-    demo.load(on_base, parts.base, [parts.size, parts.status], **GPU, **QUIET)
+    looked = demo.load(on_refresh, parts.loras, [*parts.loras, parts.status], **QUIET)
+    looked.then(on_base, parts.base, [parts.size, parts.status], **GPU, **QUIET)

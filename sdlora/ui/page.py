@@ -23,24 +23,35 @@ LORAS, OUTPUTS = Path("runs"), Path("outputs")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TITLE = """<h1>sdlora</h1><p>Draw with Stable Diffusion, and see what your LoRA changes.</p>"""
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.9rem; font-weight: 700; margin: 0; letter-spacing: -0.02em; }
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0; }
 #examples { gap: 6px; margin-top: -8px; }
-#examples button { font-weight: 400; white-space: normal; line-height: 1.2; }
-#lora-box .lora-slot { padding: 0; }
-#seed-row { align-items: end; }
-.message { border-radius: 10px; padding: 10px 14px; background: var(--background-fill-secondary); }
-.message { border-left: 4px solid var(--border-color-primary); }
-.message.busy { border-left-color: var(--primary-500); }
-.message.good { border-left-color: #16a34a; }
-.message.bad { border-left-color: #dc2626; background: #fef2f2; color: #7f1d1d; }
+#examples button { font-weight: 400; white-space: normal; line-height: 1.25; }
+#examples button, .flat { background: var(--block-background-fill); color: var(--body-text-color); }
+#examples button, .flat { border: 1px solid var(--border-color-primary); }
+.flat { font-weight: 400; border-width: 1px 0 0; border-radius: 0; box-shadow: none; }
+#examples button:hover, .flat:hover { color: var(--primary-600); border-color: var(--primary-300); }
+#stop:disabled { background: var(--border-color-primary); color: var(--body-text-color-subdued); opacity: 1; }
+.message { border-radius: 6px; padding: 12px 16px; min-height: 58px; background: var(--block-background-fill); overflow-wrap: anywhere; }
+.message { border: 1px solid var(--border-color-primary); box-shadow: inset 4px 0 0 var(--border-color-primary); }
+.message.busy { box-shadow: inset 4px 0 0 var(--primary-500); }
+.message.good { box-shadow: inset 4px 0 0 #16a34a; }
+.message.bad { box-shadow: inset 4px 0 0 #dc2626; border-color: #dc2626; }
+#title, #status, #welcome, :is(#title, #status, #welcome) > * { padding: 0 !important; }
+.message { display: flex; flex-direction: column; justify-content: center; }
 .bar { height: 6px; border-radius: 3px; margin-top: 8px; background: var(--border-color-primary); overflow: hidden; }
 .bar div { height: 100%; background: var(--primary-500); transition: width 0.15s linear; }
-.welcome { padding: 40px 32px; border: 2px dashed var(--border-color-primary); border-radius: 14px; color: var(--body-text-color-subdued); }
+.welcome { padding: 36px 32px; border: 2px dashed var(--border-color-primary); border-radius: 12px; color: var(--body-text-color-subdued); }
 .welcome h2 { font-size: 1.2rem; margin: 0 0 12px; color: var(--body-text-color); }
 .welcome ol { padding-left: 1.3em; line-height: 2; list-style: decimal; }
-.pictures img { width: 100% !important; height: 100% !important; object-fit: contain !important; image-rendering: pixelated; }
+.pictures label.float { position: static; border: none; background: none; box-shadow: none; padding: 10px 12px 2px; font-weight: 600; }
+.pictures label.float span:first-child { display: none; }
+.pictures .grid-wrap { max-height: none; height: auto; min-height: 0; overflow: visible; }
+.pictures .grid-container { padding-top: 4px; }
+.pictures .caption-label { font-size: 0.75rem; padding: 1px 7px; opacity: 0.85; }
+.pictures img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
+.pictures.small img { image-rendering: pixelated; }
 """
 
 
@@ -60,7 +71,7 @@ def build(*, loras: Path, outputs: Path, base: str = "mini") -> gr.Blocks:
     studio = Studio(loras, outputs)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
-        gr.HTML(TITLE, elem_id="title")
+        gr.HTML(TITLE, elem_id="title", padding=False)
         parts = generate_page.layout(studio, base=base)
         generate_page.wire(studio, parts, demo)
     return demo
@@ -82,20 +93,29 @@ def launch(
     if host not in LOOPBACK and not password:
         raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
     demo = build(loras=loras, outputs=outputs, base=base)
-    theme = gr.themes.Soft(
-        primary_hue="violet",
-        neutral_hue="slate",
-        font=("ui-sans-serif", "system-ui", "sans-serif"),
-        font_mono=("ui-monospace", "monospace"),
-    )
     try:
         demo.launch(
-            server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=not wait, quiet=True,
-            share=False, ssr_mode=False, footer_links=[], allowed_paths=[str(outputs.resolve())], theme=theme, css=CSS,
+            server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,
+            share=False, ssr_mode=False, footer_links=[], allowed_paths=[str(outputs.resolve())], theme=_theme(), css=CSS,
         )  # fmt: skip
     except OSError as problem:
         raise UserError(f"Port {port} on {host} cannot be used, most likely because it is taken; choose another with --port.") from problem
+    print(f"The page is at {demo.local_url} (Ctrl+C ends it)", flush=True)
+    if wait:
+        demo.block_thread()
     return demo
+
+
+def _theme() -> gr.themes.Base:
+    """gradio's plain look in violet, with fonts that every system has, so that nothing is fetched."""
+    fonts, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")
+    plain = gr.themes.Default(primary_hue="violet", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=mono)
+    return plain.set(
+        body_background_fill="*neutral_50", block_title_text_weight="600", block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200", block_label_text_color="*neutral_800",
+        block_label_text_color_dark="*neutral_100", button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700", button_primary_text_color="white",
+    )  # fmt: skip
 
 
 def _guard(password: str | None) -> Callable[[str, str], bool] | None:

@@ -68,6 +68,7 @@ class Drawn:
     without: tuple[tuple[Path, int], ...] = ()
     done: int = 0
     steps: int = 0
+    width_px: int = 0
     elapsed_s: float = 0.0
     ended: str = ""
 
@@ -212,7 +213,8 @@ def draw(studio: Studio, order: Order, stop: threading.Event) -> Iterator[Drawn]
         base = use_base(studio, order.base)
         _forget_changed(studio, base, [one.path for one in order.loras])
         seeds = range(order.request.seed, order.request.seed + order.count)
-        drawn = Drawn(steps=_steps_of(base, order) * order.count * (2 if order.beside else 1))
+        steps = _steps_of(base, order) * order.count * (2 if order.beside else 1)
+        drawn = Drawn(steps=steps, width_px=order.request.width_px or base.resolution_px)
         started_s, stamp = time.monotonic(), datetime.now()
         for row in ("with_lora", "without") if order.beside else ("with_lora",):
             loras = list(order.loras) if row == "with_lora" else []
