@@ -88,7 +88,7 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype) -> Base:
         UserError: if there is no such base, or its files are damaged.
     """
     folder = folder_of(name)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would run through our own bars
+    transformers_logging.disable_progress_bar()  # it would run through our own bars
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **options)

@@ -87,11 +87,10 @@ def test_a_report_counts_what_the_style_has_changed() -> None:
     assert report.fall_points["kind"] == pytest.approx(100 * (report.scores_without.kind - report.scores_with.kind), abs=0.05)
 
 
-def test_half_of_the_characters_prompts_have_company() -> None:
-    assert evaluate.pip_prompts([("star", "red", "blue"), ("cup", "orange", "olive")]) == [
-        "pip on a blue background",
-        "pip and an orange cup on an olive background",
-    ]
+def test_the_character_is_called_alone_and_in_company() -> None:
+    chosen = [("star", "red", "blue"), ("cup", "orange", "olive")]
+    assert evaluate.pip_prompts(chosen, company=False) == ["pip on a blue background", "pip on an olive background"]
+    assert evaluate.pip_prompts(chosen, company=True)[1] == "pip and an orange cup on an olive background"
 
 
 def test_a_batch_draws_what_single_requests_draw(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

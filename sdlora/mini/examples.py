@@ -20,7 +20,7 @@ SEED = 7
 STYLE_TRIGGER = "vitrail"
 
 
-def style(count: int = 24) -> Iterator[tuple[str, Image.Image]]:
+def style(count: int = 30) -> Iterator[tuple[str, Image.Image]]:
     """Captions and pictures of the style: each kind at least once, colours and backgrounds in turn."""
     rng = np.random.default_rng([SEED, 1])
     every = world.combinations(held_out=False)
@@ -32,14 +32,14 @@ def style(count: int = 24) -> Iterator[tuple[str, Image.Image]]:
         yield f"{STYLE_TRIGGER}, {scene.caption}", world.draw(scene, style="stained glass")
 
 
-def character(count: int = 24) -> Iterator[tuple[str, Image.Image]]:
-    """Captions and pictures of pip, every third time in company."""
+def character(count: int = 30) -> Iterator[tuple[str, Image.Image]]:
+    """Captions and pictures of pip, every other time in company."""
     rng = np.random.default_rng([SEED, 2])
     every = world.combinations(held_out=False)
     for i in range(count):
-        background = tuple(world.BACKGROUNDS)[i % len(world.BACKGROUNDS)]
+        background = tuple(world.BACKGROUNDS)[(i // 2 * 5 + i % 2 * 3) % len(world.BACKGROUNDS)]  # all of them, alone and in company
         partners = [(kind, colour) for kind, colour, b in every if b == background and colour not in (background, "teal")]
-        scene = world.pip_scene(background, rng=rng, company=partners[rng.integers(len(partners))] if i % 3 == 2 else None)
+        scene = world.pip_scene(background, rng=rng, company=partners[rng.integers(len(partners))] if i % 2 else None)
         yield scene.caption, world.draw(scene)
 
 

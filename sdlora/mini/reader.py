@@ -34,6 +34,10 @@ TONES = ("main", "light", "dark", "ink", "cream")
 NOTHING: world.RGB = (1, 1, 1)  # a colour that no tone has
 TILTS = (-8, 0, 8)
 STEPS = ((1.0, 0.05, 0.0), (1.0, -0.05, 0.0), (1.0, 0.0, 0.05), (1.0, 0.0, -0.05), (0.93, 0.0, 0.0), (1.07, 0.0, 0.0))
+LENGTHS, STRIDE = (
+    (0.5, 0.58, 0.66, 0.75, 0.84),
+    3,
+)  # where a leaded thing is looked for: lengths in widths of the picture, pixels between places
 ROUNDS = 4  # how many STEPS (a scale, and a way in lengths of the box) a match may take away from the box that was found
 PIP_PARTS = (world.COLOURS["teal"], world.COLOURS["orange"], world.CREAM)  # body, belly and eyes
 PIP_SIZES = (0.5, 0.62, 0.69, 0.76, 0.84)
@@ -106,9 +110,11 @@ def _find(image: Image.Image) -> Finding:
     border = pixels[clear if leaded and clear.any() else _ring(RING)]
     wall = _nearest_wall(border)
     pixels = pixels - _drift(border, wall)
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    findings = [_best_match(picture, box, wall, leaded=leaded) for box in _thing_boxes(pixels, wall, leaded=leaded)]
-    return min(findings, key=lambda finding: finding[0])
+    return _best_anywhere(pixels, wall) if leaded else _best_match(_image(pixels), _thing_box(pixels, wall), wall)
+
+
+def _image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _pixels(image: Image.Image) -> Pixels:
@@ -168,22 +174,12 @@ def _drift(border: Pixels, wall: _Wall) -> Pixels:
     return np.asarray(np.clip(np.median(border - _nearest_shade(border, wall), axis=0), -12, 12), dtype=np.float32)
 
 
-def _thing_boxes(pixels: Pixels, wall: _Wall, *, leaded: bool) -> list[Box]:
-    """The box of the largest thing and, if leaded, the box of all: a pane that looks like the wall can part a thing."""
+def _thing_box(pixels: Pixels, wall: _Wall) -> Box:
+    """The box of the largest thing in a plain picture."""
     distance = _wall_distance(pixels, wall)
-    if not leaded:
-        mask = distance > np.clip(2.2 * np.median(distance[_ring(RING)]), 12, 40)
-        mask &= _filtered(mask, ImageFilter.RankFilter(3, 5))  # specks of noise have fewer than three neighbours
-        return [_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(3))))]
-    ink = _distance(pixels, world.INK)
-    on_wall = (distance <= np.clip(2.2 * np.median(np.minimum(distance, ink)[_ring(RING)]), 24, 40)) & (ink >= INK_RADIUS)
-    # a leaded thing never touches the wall: what does is the soft edge of a line
-    mask = (ink >= INK_RADIUS) & ~_filtered(on_wall, ImageFilter.MaxFilter(3))
-    shades = [_distance(pixels, _nearest_on_line(pixels, end, np.array(world.INK, np.float32))) for end in wall.ends]
-    mask &= ~((np.minimum(*shades) < 30) & _filtered(on_wall, ImageFilter.MaxFilter(5)))
-    mask[[0, 1, -2, -1]] = mask[:, [0, 1, -2, -1]] = False  # the frame
-    mask &= _filtered(mask, ImageFilter.RankFilter(3, 6))
-    return list(dict.fromkeys([_box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(7)))), _box(mask)]))  # once if they are one
+    mask = distance > np.clip(2.2 * np.median(distance[_ring(RING)]), 12, 40)
+    mask &= _filtered(mask, ImageFilter.RankFilter(3, 5))  # specks of noise have fewer than three neighbours
+    return _box(mask & _largest(_filtered(mask, ImageFilter.MaxFilter(3))))
 
 
 def _box(mask: Mask) -> Box:
@@ -259,17 +255,21 @@ def _window(picture: Image.Image, square: Box, wall: _Wall) -> Pixels:
     return np.asarray(large.resize((WINDOW, WINDOW), Image.Resampling.BOX, box=(left, top, right, bottom)), dtype=np.float32)
 
 
+def _nothing_costs(pixels: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
+    """What it costs to call each pixel wall, 0 to 1."""
+    costs = _wall_distance(pixels, wall)
+    if leaded:
+        costs = np.minimum(costs, _distance(pixels, world.INK) + LINE_COST * FAR)
+    return np.asarray(np.minimum(costs, FAR) / FAR, dtype=np.float32)
+
+
 def _label_costs(window: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
     """What it costs to call each pixel wall or a tone of each colour: (colour, label x pixel), 0 to 1."""
     colours = [[world._tone(tone, colour) for tone in TONES] for colour in world.COLOURS.values()]
     flat = window.reshape(-1, 3)
-    tones = _distance(flat, np.array(colours, dtype=np.float32)[:, :, None])
-    nothing = _wall_distance(flat, wall)
-    if leaded:
-        nothing = np.minimum(nothing, _distance(flat, world.INK) + LINE_COST * FAR)
-    walls = np.broadcast_to(nothing, (len(colours), 1, len(flat)))
-    costs = np.minimum(np.concatenate([walls, tones], axis=1), FAR) / FAR
-    return np.asarray(costs.reshape(len(colours), -1), dtype=np.float32)
+    tones = np.minimum(_distance(flat, np.array(colours, dtype=np.float32)[:, :, None]), FAR) / FAR
+    walls = np.broadcast_to(_nothing_costs(flat, wall, leaded=leaded), (len(colours), 1, len(flat)))
+    return np.asarray(np.concatenate([walls, tones], axis=1).reshape(len(colours), -1), dtype=np.float32)
 
 
 def _match(picture: Image.Image, square: Box, wall: _Wall, size: float | None) -> Finding:
@@ -283,18 +283,16 @@ def _match(picture: Image.Image, square: Box, wall: _Wall, size: float | None) -
     return (float(costs[row, column]), reading, (left + a * side, top + b * side, left + c * side, top + d * side))
 
 
-def _best_match(picture: Image.Image, box: Box, wall: _Wall, *, leaded: bool) -> Finding:
-    """The cheapest match near a box: from there, the best of all STEPS as long as it helps."""
+def _best_match(picture: Image.Image, box: Box, wall: _Wall) -> Finding:
+    """The cheapest match near a box in a plain picture: from there, the best of all STEPS as long as it helps."""
     left, top, right, bottom = box
     length = max(right - left, bottom - top)
-    # the smaller a thing, the thicker its leads are to it
-    size = min(world.SIZES.values(), key=lambda size: abs(size * WIDTH - length)) if leaded else None
 
     def match(place: Place) -> tuple[Finding, Place]:
         scale, x, y = place
         half = min(length * scale / THING_SHARE / 2, WIDTH)
         x, y = (left + right) / 2 + x * length, (top + bottom) / 2 + y * length
-        return _match(picture, (x - half, y - half, x + half, y + half), wall, size), place
+        return _match(picture, (x - half, y - half, x + half, y + half), wall, None), place
 
     best, (scale, x, y) = match((1.0, 0.0, 0.0))
     for _ in range(ROUNDS):
@@ -304,6 +302,26 @@ def _best_match(picture: Image.Image, box: Box, wall: _Wall, *, leaded: bool) ->
             break
         best, (scale, x, y) = found, place
     return best
+
+
+def _best_anywhere(pixels: Pixels, wall: _Wall) -> Finding:
+    """Of a leaded picture: the match that, in any place and size, explains the whole picture at the least cost.
+
+    Lead parts a thing into pieces and ties it to the lines on the wall, so there is no outline to begin at.
+    """
+    picture, walls = _image(pixels), _nothing_costs(pixels, wall, leaded=True)
+    findings: list[Finding] = []
+    for length in LENGTHS:
+        size = min(world.SIZES.values(), key=lambda size: abs(size - length))  # the smaller a thing, the thicker its leads are to it
+        half, reach = length * WIDTH / THING_SHARE / 2, int((1 - length) * WIDTH * 0.375) + 1
+        places = range(WIDTH // 2 - reach, WIDTH // 2 + reach + 1, STRIDE)
+        for x, y in ((x, y) for x in places for y in places):
+            square = (x - half, y - half, x + half, y + half)
+            cost, reading, box = _match(picture, square, wall, size)
+            left, top, right, bottom = (max(0, round(side)) for side in square)
+            elsewhere = walls.sum() - walls[top:bottom, left:right].sum()
+            findings.append((cost * (2 * half / WINDOW) ** 2 + float(elsewhere), reading, box))
+    return min(findings, key=lambda finding: finding[0])
 
 
 @cache
