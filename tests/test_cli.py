@@ -225,9 +225,7 @@ def test_a_truncated_lora_and_one_for_another_family_get_one_sentence(run_path: 
         assert_one_sentence(problem, sentence)
 
 
-def test_a_full_disk_while_saving_leaves_the_earlier_file(
-    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_saving_leaves_the_earlier_file(config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up after the checkpoint of step 2: it stays whole, the run says so and exits with 2."""
     honest, calls = os.fsync, []
 
@@ -250,4 +248,3 @@ def assert_one_sentence(problem: str, pattern: str) -> None:
     assert problem.count("\n") == 1
     assert "Traceback" not in problem
     assert re.search(pattern, problem), problem
-

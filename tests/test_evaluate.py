@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sdlora import base_model, generate, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.generate import Request
-from sdlora.mini import evaluate, world
+from sdlora.mini import evaluate, lead, world
 
 COMBINATIONS = world.held_out_prompts(100, seed=5)
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
@@ -40,12 +40,12 @@ def style_lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("blur", [0.0, 0.7, 1.3])
 def test_true_drawings_of_both_looks_are_told_apart(blur: float) -> None:
-    assert evaluate.style_share(drawings(evaluate.STYLE, blur=blur), COMBINATIONS) >= 0.98
+    assert evaluate.style_share(drawings(lead.STYLE, blur=blur), COMBINATIONS) >= 0.98
     assert evaluate.style_share(drawings("plain", blur=blur), COMBINATIONS) <= 0.02
 
 
 def test_the_look_is_told_at_other_sizes_too() -> None:
-    large = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in drawings(evaluate.STYLE)]
+    large = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in drawings(lead.STYLE)]
     assert evaluate.style_share(large, COMBINATIONS) >= 0.98
 
 
@@ -80,7 +80,7 @@ def test_a_dark_frame_and_an_outline_alone_are_not_the_style() -> None:
 
 
 def test_a_report_counts_what_the_style_has_changed() -> None:
-    report = evaluate.style_report(drawings("plain"), [*drawings(evaluate.STYLE)[:50], *[GREY] * 50], COMBINATIONS)
+    report = evaluate.style_report(drawings("plain"), [*drawings(lead.STYLE)[:50], *[GREY] * 50], COMBINATIONS)
     assert (report.style_with, report.style_without) == (0.5, 0.0)
     assert report.scores_without.all_three >= 0.95
     assert report.scores_with.kind <= 0.6

@@ -13,7 +13,8 @@ from sdlora.errors import UserError
 
 def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
     values = {"base": str(tiny), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "steps": 6, "batch": 2}
-    return config.parse(values | {"save_every": 3, "sample_every": 3, "sample_prompts": ["a cup"], "lora": {"rank": 2, "alpha": 2.0}} | changes, where="test")
+    values |= {"save_every": 3, "sample_every": 3, "sample_prompts": ["a cup"], "lora": {"rank": 2, "alpha": 2.0}}
+    return config.parse(values | changes, where="test")
 
 
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Measurements against peers: each script prints a table and needs nothing but its command."""

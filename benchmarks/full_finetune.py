@@ -1,0 +1,242 @@
+"""LoRA against full fine-tuning: `python -m benchmarks.full_finetune --config configs/mini-style.toml --out FOLDER`.
+
+Both train the same UNet from the same base on the same batches with the same noise, in fp32, through `train.loss_of_batch`; only
+which weights move differs. Each contender has a process of its own, one after the other, so that the memory figures are honest. Both
+are then opened again from the files they have written, and judged as `sdlora.mini.evaluate` judges; the untouched base is judged too.
+The table goes to the screen and to FOLDER/table.md, the figures to FOLDER/figures.json, sheets of pictures beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from sdlora import base_model, captions, config, dataset, devices, generate, latents, lora, noise, optimizer, text, train
+from sdlora.base_model import Base
+from sdlora.config import Config
+from sdlora.errors import UserError
+from sdlora.generate import LoRA, Request
+from sdlora.latents import Latents
+from sdlora.mini import evaluate
+
+NAMES = {"base": "base", "lora": "LoRA", "full": "full fine-tuning"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training took."""
+
+    parameters: int
+    checkpoint_bytes: int
+    step_s: float
+    step_cpu_s: float
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak_bytes: int
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How the pictures of held-out prompts are judged: shares from 0 to 1."""
+
+    pictures: int
+    style: float
+    scores: evaluate.Scores
+
+
+def run_config(options: argparse.Namespace) -> Config:
+    """The run that both contenders share; the text encoder stays as it is."""
+    steps = [f"steps={options.steps}"] if options.steps else []
+    return config.load(options.config, changes=[*steps, "lora.text_encoder=false"])
+
+
+def trainable(base: Base, run: Config, contender: str) -> list[nn.Parameter]:
+    """The weights that move: fresh adapters, or all of the UNet."""
+    if contender == "lora":
+        train.add_lora(base, run)
+        return lora.parameters(base.unet)
+    base.unet.requires_grad_(True)
+    return list(base.unet.parameters())
+
+
+def batches(base: Base, run: Config) -> Callable[[int], Tensor]:
+    """A function from the step, 0 for the first, to its loss; pictures and captions are encoded once."""
+    samples = train.find_samples(run)
+    encoded = list(latents.encode(base, [one.picture for one in samples], side_px=run.resolution_px or base.resolution_px))
+    store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
+    states = train.encode_once(base, text.token_ids(base, [one.caption for one in samples] + [""]))
+    alphas = noise.scaled_linear_alphas().to(base.device)
+
+    def loss(step: int) -> Tensor:
+        chosen = dataset.batch_at(samples, seed=run.seed, batch_index=step, batch=run.batch)
+        places = range(step * run.batch, (step + 1) * run.batch)
+        dropped = [captions.is_dropped(place, seed=run.seed, share=run.caption_dropout) for place in places]
+        spoken = [len(samples) if drop else i for i, drop in zip(chosen, dropped, strict=True)]
+        return train.loss_of_batch(base, store, chosen, states[spoken], alphas, run=run, batch_index=step)
+
+    return loss
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far; macOS counts it in bytes, others in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_steps(base: Base, run: Config, weights: list[nn.Parameter], rate: float) -> dict[str, Any]:
+    """Trains and returns the figures of `Cost` that training shows; the settings of the optimizer are those of `train`."""
+    loss = batches(base, run)
+    adamw = optimizer.adamw([(weights, rate)], weight_decay=run.optimizer.weight_decay)
+    step_s, step_cpu_s, value, gradients = [], [], math.nan, 0
+    for step in track(range(run.steps), f"{run.steps} steps", console=Console(stderr=True)):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        factor = optimizer.rate_factor(step, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
+        optimizer.set_rates(adamw, factor)
+        batch_loss = loss(step)
+        torch.autograd.backward(batch_loss)
+        torch.nn.utils.clip_grad_norm_(weights, run.optimizer.clip_norm or math.inf)
+        gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        value = batch_loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"The loss of step {step + 1} is not finite; lower the learning rate.")
+        step_s.append(time.perf_counter() - began)
+        step_cpu_s.append(time.process_time() - cpu_began)
+    moments = sum(one.nbytes for state in adamw.state.values() for one in state.values() if isinstance(one, Tensor))
+    return {
+        "step_s": statistics.median(step_s), "step_cpu_s": statistics.median(step_cpu_s), "gradient_bytes": gradients,
+        "optimizer_bytes": moments, "peak_bytes": peak_bytes(), "last_loss": value,
+    }  # fmt: skip
+
+
+def save(base: Base, run: Config, contender: str, out: Path) -> int:
+    """Writes the LoRA file, or the fine-tuned base as a diffusers folder, both in fp16; returns the bytes of what was trained."""
+    if contender == "lora":
+        return train.save(base, run, out / "lora.safetensors", run.steps).path.stat().st_size
+    shutil.copytree(base.folder, out / "full", ignore=lambda folder, names: {"unet"} & set(names), dirs_exist_ok=True)
+    base.unet.half().save_pretrained(out / "full" / "unet")
+    return sum(path.stat().st_size for path in (out / "full" / "unet").glob("*.safetensors"))
+
+
+def train_contender(options: argparse.Namespace) -> Cost:
+    """Trains one contender and leaves its weights in the folder."""
+    run = run_config(options)
+    base = base_model.load(run.base, device=devices.best_device(), dtype=torch.float32)
+    weights = trainable(base, run, options.contender)
+    rate = run.optimizer.learning_rate if options.contender == "lora" else options.full_learning_rate
+    figures = run_steps(base, run, weights, rate)
+    written = save(base, run, options.contender, options.out)
+    return Cost(parameters=sum(weight.numel() for weight in weights), checkpoint_bytes=written, **figures)
+
+
+def judge(options: argparse.Namespace) -> Quality:
+    """Opens what the contender has written, draws held-out prompts, and saves a sheet of them."""
+    run = run_config(options)
+    name = str(options.out / "full") if options.contender == "full" else run.base
+    base = base_model.load(name, device=devices.best_device(), dtype=torch.float32)
+    generate.set_loras(base, [LoRA(options.out / "lora.safetensors")] if options.contender == "lora" else [])
+    trigger = "" if options.contender == "base" else run.trigger
+    chosen = evaluate.held_out(options.count, seed=run.seed)
+    prompts = [captions.with_trigger(evaluate.prompt_of(one), trigger) for one in chosen]
+    pictures = evaluate.drawn(base, prompts, Request("", seed=run.seed), name="pictures")
+    cells: list[evaluate.Cell] = [([picture], evaluate.words_of(one)) for picture, one in zip(pictures, chosen, strict=True)]
+    evaluate.sheet(cells).save(options.out / f"{options.contender}.png")
+    return Quality(len(pictures), evaluate.style_share(pictures, chosen), evaluate.scores(pictures, chosen))
+
+
+def contend(options: argparse.Namespace) -> None:
+    """One contender's whole work, its figures in `<contender>.json`."""
+    cost = {} if options.contender == "base" else asdict(train_contender(options))
+    (options.out / f"{options.contender}.json").write_text(json.dumps(cost | asdict(judge(options)), indent=2) + "\n")
+
+
+def mebibytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.2f} MiB"
+
+
+def markdown(figures: dict[str, dict[str, float]]) -> str:
+    """The comparison as a Markdown table; figures that training alone has are empty for the base."""
+    shown: list[tuple[str, str, Callable[[float], str]]] = [
+        ("trainable parameters", "parameters", "{:,.0f}".format),
+        ("checkpoint, fp16", "checkpoint_bytes", mebibytes),
+        ("step, median", "step_s", "{:.3f} s".format),
+        ("CPU time of a step, median", "step_cpu_s", "{:.3f} s".format),
+        ("gradients", "gradient_bytes", mebibytes),
+        ("optimizer state", "optimizer_bytes", mebibytes),
+        ("peak memory of the process", "peak_bytes", mebibytes),
+        ("nearer to the style", "style", "{:.1%}".format),
+        *((f"{name} right", name, "{:.1%}".format) for name in ("background", "colour", "kind", "all_three")),
+    ]
+    lines = [f"| | {' | '.join(NAMES.values())} | full / LoRA |", "| --- | ---: | ---: | ---: | ---: |"]
+    for label, key, form in shown:
+        cells = [form(figures[name][key]) if key in figures[name] else "" for name in NAMES]
+        ratio = f"{figures['full'][key] / figures['lora'][key]:.2f}" if figures["lora"][key] else ""
+        lines.append(f"| {label} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(options: argparse.Namespace, words: list[str]) -> int:
+    """Runs each contender in a process of its own and shows the table; returns the code of the first that failed."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for contender in NAMES:
+        print(f"— {NAMES[contender]}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.full_finetune", *words, "--contender", contender]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            return code
+        found[contender] = json.loads((options.out / f"{contender}.json").read_text())
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings |= {"device": str(devices.best_device()), "threads": torch.get_num_threads()}
+    (options.out / "figures.json").write_text(json.dumps({"settings": settings} | found, indent=2) + "\n")
+    table = markdown({name: one | one["scores"] for name, one in found.items()})
+    (options.out / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    return 0
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_finetune", description="LoRA against full fine-tuning.")
+    parser.add_argument("--config", type=Path, required=True, help="the run that both train")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights, figures and sheets")
+    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--full-learning-rate", type=float, default=3e-4, help="peak rate of full fine-tuning; the LoRA has the config's")
+    parser.add_argument("--count", type=int, default=100, help="held-out prompts to judge")
+    parser.add_argument("--contender", choices=tuple(NAMES), help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> int:
+    """Compares, or is one contender's process; 2 and one sentence for a mistake that the user can mend."""
+    options = arguments(words)
+    try:
+        if options.contender is None:
+            return compare(options, words)
+        contend(options)
+    except UserError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
