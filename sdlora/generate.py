@@ -82,7 +82,8 @@ def load_lora(base: Base, one: LoRA) -> None:
     Raises:
         UserError: if the file cannot be read, or a module of it does not fit this base.
     """
-    name = str(one.path).replace(".", "·")  # PyTorch allows no dots in the names of modules
+    written_ns = one.path.stat().st_mtime_ns if one.path.is_file() else 0  # a file trained anew is another LoRA
+    name = f"{one.path}@{written_ns}".replace(".", "·")  # PyTorch allows no dots in the names of modules
     if not any(name in layer.adapters for part in base.parts.values() for layer in lora.layers(part).values()):
         _attach(base, one.path, name)
     lora.set_strength(base.unet, one.strength, name)

@@ -97,6 +97,19 @@ def test_strength_zero_is_the_bases_exact_picture_and_nothing_is_loaded_twice(
     assert draw(base).tobytes() == without.tobytes()
 
 
+def test_a_file_that_is_written_anew_speaks_with_its_new_weights(tiny_base: Path, lora_path: Path, tmp_path: Path) -> None:
+    base, path = opened(tiny_base), tmp_path / "a.safetensors"
+    seen = []
+    for scale in (1.0, 0.25):
+        modules = {
+            stem: lora_file.LoRAModule(one.down, one.up * scale, one.alpha) for stem, one in lora_file.read(lora_path).modules.items()
+        }
+        lora_file.write(path, lora_file.to_bytes(modules, {}))
+        generate.set_loras(base, [LoRA(path)])
+        seen.append(draw(base).tobytes())
+    assert seen[0] != seen[1]
+
+
 def test_the_text_encoder_has_its_own_strength(tiny_base: Path, lora_path: Path) -> None:
     base = opened(tiny_base)
     seen = set()
