@@ -128,6 +128,8 @@ def compare(
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the sheet is a PNG; give a name that ends in .png.")
+    if out.exists():
+        raise UserError(f"--out {out} exists already; give another name, or move it away.")
     paths = [_lora(one).path for one in lora]
     columns = sheets.columns(paths, [_number(one, "--strengths", -2, 2) for one in strengths.split(",")])
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
@@ -151,6 +153,8 @@ def inspect(
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} in {part.replace('_', ' ')}" for part, count in value.items())
         console.print(f"[bold]{key.replace('_', ' '):14}[/] {value}", highlight=False, soft_wrap=True)
 
 
@@ -281,8 +285,10 @@ def _progress() -> Iterator[_Bars]:
 
 def _train(run: Config, folder: Path) -> Path:
     """Runs the training with a progress bar; the first Ctrl-C saves and ends with exit code 130, a second ends at once."""
+    from sdlora import run_folder
     from sdlora import train as story
 
+    run_folder.check_free(folder)
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
     with _progress() as bar, _ctrl_c_asks_to_stop(folder):
         for event in story.train(run, folder):

@@ -39,7 +39,7 @@ def create(folder: Path, run: Config) -> None:
     try:
         for name in ("checkpoints", "samples"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / "stop").unlink(missing_ok=True)
+        forget_stop(folder)
     except OSError as problem:
         raise UserError(f"Run folder {folder} cannot be made ({problem.strerror}); choose another with --out.") from problem
     lora_file.write(folder / "config.toml", config.to_toml(run).encode())
@@ -67,6 +67,11 @@ def ask_to_stop(folder: Path) -> None:
 def is_asked_to_stop(folder: Path) -> bool:
     """Whether somebody has asked the run to end."""
     return (folder / "stop").exists()
+
+
+def forget_stop(folder: Path) -> None:
+    """Takes the request to end away, once it has been followed."""
+    (folder / "stop").unlink(missing_ok=True)
 
 
 def sample_path(folder: Path, step: int, number: int) -> Path:

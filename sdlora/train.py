@@ -171,6 +171,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
             yield save(base, run, run_folder.checkpoint_path(folder, run.name, step), step)
         if not last and stopping:
             run_folder.log(folder, event="stopped", step=step)
+            run_folder.forget_stop(folder)
             yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
             return
         if run.sample_every and (last or step % run.sample_every == 0):

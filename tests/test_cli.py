@@ -116,6 +116,9 @@ def test_compare_writes_a_sheet_with_a_column_without_lora(run_path: Path, tiny_
         assert sheet.width > 3 * 160
         assert sheet.height > 2 * 160
     assert "6/6" in out
+    code, _, problem = run("compare", "--lora", "a.safetensors", "--prompt", "x", "--out", str(tmp_path / "deep" / "sheet.png"))
+    assert code == 2
+    assert_one_sentence(problem, "sheet.png exists already; give another name")
 
 
 def test_inspect_says_what_a_file_holds(run_path: Path) -> None:

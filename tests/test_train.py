@@ -66,6 +66,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(tiny_base: Path, pictures: P
     assert seen[-1].step == 2
     assert lora_file.read(seen[-1].path).ranks == [2]
     assert not run_folder.result_path(tmp_path / "run", "tiny").exists()
+    assert not run_folder.is_asked_to_stop(tmp_path / "run")
 
 
 def test_samples_do_not_change_what_is_learned(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
