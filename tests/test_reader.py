@@ -33,9 +33,9 @@ def test_plain_pictures_are_read_right() -> None:
 
 def test_stained_glass_is_read_right() -> None:
     pairs = [(truth, reader.read(world.draw(scene, style="stained glass"))) for truth, scene in scenes(120, seed=2)]
-    assert share([truth == found for truth, found in pairs]) >= 0.86
+    assert share([truth == found for truth, found in pairs]) >= 0.95
     for part in ("kind", "colour", "background"):
-        assert share([getattr(truth, part) == getattr(found, part) for truth, found in pairs]) >= 0.88, part
+        assert share([getattr(truth, part) == getattr(found, part) for truth, found in pairs]) >= 0.97, part
 
 
 def test_spoilt_pictures_are_read_right() -> None:
@@ -46,14 +46,14 @@ def test_spoilt_pictures_are_read_right() -> None:
 def test_spoilt_stained_glass_is_read_right() -> None:
     rng = np.random.default_rng(7)
     pairs = [(truth, reader.read(spoilt(world.draw(scene, style="stained glass"), rng))) for truth, scene in scenes(120, seed=7)]
-    assert share([truth == found for truth, found in pairs]) >= 0.85
-    assert share([truth.kind == found.kind for truth, found in pairs]) >= 0.86
+    assert share([truth == found for truth, found in pairs]) >= 0.92
+    assert share([truth.kind == found.kind for truth, found in pairs]) >= 0.94
 
 
 @pytest.mark.parametrize("style", ["plain", "stained glass"])
 def test_pictures_of_twice_the_width_are_read_right(style: str) -> None:
     some = scenes(60, seed=8)
-    assert share([reader.read(world.draw(scene, style=style, width_px=2 * world.WIDTH_PX)) == truth for truth, scene in some]) >= 0.86
+    assert share([reader.read(world.draw(scene, style=style, width_px=2 * world.WIDTH_PX)) == truth for truth, scene in some]) >= 0.95
 
 
 def test_ink_around_the_thing_tells_the_styles_apart() -> None:

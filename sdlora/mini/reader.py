@@ -8,6 +8,7 @@ that are compared have them too. All steps forgive what a generative model does 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -34,10 +35,8 @@ TONES = ("main", "light", "dark", "ink", "cream")
 NOTHING: world.RGB = (1, 1, 1)  # a colour that no tone has
 TILTS = (-8, 0, 8)
 STEPS = ((1.0, 0.05, 0.0), (1.0, -0.05, 0.0), (1.0, 0.0, 0.05), (1.0, 0.0, -0.05), (0.93, 0.0, 0.0), (1.07, 0.0, 0.0))
-LENGTHS, STRIDE = (
-    (0.5, 0.58, 0.66, 0.75, 0.84),
-    3,
-)  # where a leaded thing is looked for: lengths in widths of the picture, pixels between places
+LENGTHS = (0.36, 0.43, 0.5, 0.58, 0.66, 0.75, 0.84)  # how long a leaded thing may be, in widths of the picture; its ink does not count
+STRIDE = 3  # pixels between the places where it is looked for
 ROUNDS = 4  # how many STEPS (a scale, and a way in lengths of the box) a match may take away from the box that was found
 PIP_PARTS = (world.COLOURS["teal"], world.COLOURS["orange"], world.CREAM)  # body, belly and eyes
 PIP_SIZES = (0.5, 0.62, 0.69, 0.76, 0.84)
@@ -249,7 +248,7 @@ def _templates(size: float | None) -> tuple[tuple[_Template, ...], Pixels]:
 
 def _window(picture: Image.Image, square: Box, wall: _Wall) -> Pixels:
     """A square of the picture, `WINDOW` wide; beyond the picture there is wall."""
-    red, green, blue = wall.ends.mean(axis=0).astype(int).tolist()
+    red, green, blue = wall.ends[0].astype(int).tolist()  # a shade of the wall, so that what lies beyond costs nothing
     large = ImageOps.expand(picture, 2 * WIDTH, (red, green, blue))
     left, top, right, bottom = (side + 2 * WIDTH for side in square)
     return np.asarray(large.resize((WINDOW, WINDOW), Image.Resampling.BOX, box=(left, top, right, bottom)), dtype=np.float32)
@@ -294,14 +293,7 @@ def _best_match(picture: Image.Image, box: Box, wall: _Wall) -> Finding:
         x, y = (left + right) / 2 + x * length, (top + bottom) / 2 + y * length
         return _match(picture, (x - half, y - half, x + half, y + half), wall, None), place
 
-    best, (scale, x, y) = match((1.0, 0.0, 0.0))
-    for _ in range(ROUNDS):
-        tries = [match((scale * zoom, x + right, y + down)) for zoom, right, down in STEPS]
-        found, place = min(tries, key=lambda each: each[0][0])
-        if found[0] >= best[0]:
-            break
-        best, (scale, x, y) = found, place
-    return best
+    return _refined(match((1.0, 0.0, 0.0)), match, lambda zoom, right, down, at: (at[0] * zoom, at[1] + right, at[2] + down))
 
 
 def _best_anywhere(pixels: Pixels, wall: _Wall) -> Finding:
@@ -310,18 +302,36 @@ def _best_anywhere(pixels: Pixels, wall: _Wall) -> Finding:
     Lead parts a thing into pieces and ties it to the lines on the wall, so there is no outline to begin at.
     """
     picture, walls = _image(pixels), _nothing_costs(pixels, wall, leaded=True)
-    findings: list[Finding] = []
-    for length in LENGTHS:
+
+    def match(place: Place) -> tuple[Finding, Place]:
+        length, x, y = place
         size = min(world.SIZES.values(), key=lambda size: abs(size - length))  # the smaller a thing, the thicker its leads are to it
-        half, reach = length * WIDTH / THING_SHARE / 2, int((1 - length) * WIDTH * 0.375) + 1
-        places = range(WIDTH // 2 - reach, WIDTH // 2 + reach + 1, STRIDE)
-        for x, y in ((x, y) for x in places for y in places):
-            square = (x - half, y - half, x + half, y + half)
-            cost, reading, box = _match(picture, square, wall, size)
-            left, top, right, bottom = (max(0, round(side)) for side in square)
-            elsewhere = walls.sum() - walls[top:bottom, left:right].sum()
-            findings.append((cost * (2 * half / WINDOW) ** 2 + float(elsewhere), reading, box))
-    return min(findings, key=lambda finding: finding[0])
+        half = length * WIDTH / THING_SHARE / 2
+        square = (x - half, y - half, x + half, y + half)
+        cost, reading, box = _match(picture, square, wall, size)
+        left, top, right, bottom = (max(0, round(side)) for side in square)
+        elsewhere = walls.sum() - walls[top:bottom, left:right].sum()
+        return (cost * (2 * half / WINDOW) ** 2 + float(elsewhere), reading, box), place
+
+    def near(length: float) -> Finding:
+        reach = int((1 - length) * WIDTH * 0.375) + 1
+        places = [float(WIDTH // 2 + shift) for shift in range(-reach, reach + 1, STRIDE)]
+        start = min((match((length, x, y)) for x in places for y in places), key=lambda each: each[0][0])
+        return _refined(
+            start, match, lambda zoom, right, down, at: (at[0] * zoom, at[1] + right * at[0] * WIDTH, at[2] + down * at[0] * WIDTH)
+        )
+
+    return min((near(length) for length in LENGTHS), key=lambda finding: finding[0])
+
+
+def _refined(best: tuple[Finding, Place], match: Callable[[Place], tuple[Finding, Place]], moved: Callable[..., Place]) -> Finding:
+    """From a match, the best of all STEPS as long as it helps."""
+    for _ in range(ROUNDS):
+        found = min((match(moved(*step, best[1])) for step in STEPS), key=lambda each: each[0][0])
+        if found[0][0] >= best[0][0]:
+            break
+        best = found
+    return best[0]
 
 
 @cache
