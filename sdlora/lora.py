@@ -53,10 +53,8 @@ class LoRALayer(nn.Module):
         self.pristine: Tensor | None = None  # the base's own weight while deltas are folded into it
 
     def forward(self, x: Tensor) -> Tensor:
-        """h = base(x) + Σ scale · B A x; the base alone while folded."""
+        """h = base(x) + Σ scale · B A x; not asked while folded, see `fold`."""
         answer: Tensor = self.base(x)
-        if self.pristine is not None:
-            return answer
         for adapter in self.each_adapter():
             if adapter.strength != 0:
                 answer = answer + self._low_rank(adapter, x) * adapter.scale
@@ -204,6 +202,7 @@ def fold(model: nn.Module) -> None:
         weight = base_weight(layer.base)
         if layer.pristine is None:
             layer.pristine = weight.detach().clone()
+            layer.forward = layer.base.forward  # type: ignore[method-assign]  # no call more than the base's: 1.00 of its time, not 1.03
         active = [adapter for adapter in layer.each_adapter() if adapter.strength != 0]
         total = layer.pristine.float() if active else layer.pristine
         for adapter in active:
@@ -218,6 +217,7 @@ def unfold(model: nn.Module) -> None:
         if layer.pristine is not None:
             base_weight(layer.base).copy_(layer.pristine)
             layer.pristine = None
+            del layer.forward
 
 
 def remove(model: nn.Module) -> None:
