@@ -92,8 +92,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
 ) -> None:
     """Draws pictures with any number of LoRAs."""
+    from sdlora import files
     from sdlora import generate as generator
-    from sdlora import lora_file
 
     loras = [_lora(one) for one in lora]
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
@@ -104,7 +104,7 @@ def generate(
             drawn = generator.pictures(opened, request, count=count)
             for one, image in bar.each(request.prompt, drawn, total=count):
                 path = _free_picture(out, one.seed)
-                lora_file.write(path, generator.png_bytes(image, generator.settings_text(opened, one, loras)))
+                files.write(path, generator.png_bytes(image, generator.settings_text(opened, one, loras)))
                 bar.print(str(path))
 
 
@@ -124,7 +124,7 @@ def compare(
 ) -> None:
     """Draws a sheet: prompts as rows, no LoRA and each LoRA at each strength as columns, same seed in all."""
     from sdlora import compare as sheets
-    from sdlora import lora_file
+    from sdlora import files
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the sheet is a PNG; give a name that ends in .png.")
@@ -136,7 +136,7 @@ def compare(
     opened = _open_base(base)
     with _progress() as bar:
         sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
-    lora_file.write(out, sheets.png_bytes(sheet))
+    files.write(out, sheets.png_bytes(sheet))
     console.print(f"The sheet: [bold]{out}[/]", soft_wrap=True)
 
 

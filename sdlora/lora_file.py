@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Mapping
@@ -134,27 +133,6 @@ def with_sorted_header(content: bytes) -> bytes:
     text = json.dumps(metadata | header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: a temporary name beside it, flushed to the disk, then renamed over it.
-
-    Raises:
-        UserError: if the disk is full or the folder cannot be written; an earlier file at `path` is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({problem.strerror}); what stood there before is untouched. Free space or choose another folder."
-        ) from problem
 
 
 def read(path: Path) -> LoRAFile:

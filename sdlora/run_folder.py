@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdlora import config, lora_file
+from sdlora import config, files
 from sdlora.config import Config
 from sdlora.errors import UserError
 
@@ -42,8 +42,8 @@ def create(folder: Path, run: Config) -> None:
         forget_stop(folder)
     except OSError as problem:
         raise UserError(f"Run folder {folder} cannot be made ({problem.strerror}); choose another with --out.") from problem
-    lora_file.write(folder / "config.toml", config.to_toml(run).encode())
-    lora_file.write(folder / "metrics.jsonl", b"")
+    files.write(folder / "config.toml", config.to_toml(run).encode())
+    files.write(folder / "metrics.jsonl", b"")
 
 
 def log(folder: Path, **row: Any) -> None:

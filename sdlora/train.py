@@ -21,6 +21,7 @@ from sdlora import (
     captions,
     dataset,
     devices,
+    files,
     generate,
     latents,
     lora,
@@ -240,7 +241,7 @@ def draw_samples(base: Base, run: Config, folder: Path, samples: list[Sample], *
         request = generate.Request(prompt, seed=run.seed + number)
         ((_, image),) = generate.pictures(base, request)
         paths.append(run_folder.sample_path(folder, step, number))
-        lora_file.write(paths[-1], generate.png_bytes(image, generate.settings_text(base, request, [])))
+        files.write(paths[-1], generate.png_bytes(image, generate.settings_text(base, request, [])))
     base.vae.to("cpu")
     run_folder.log(folder, event="sampled", step=step, paths=[path.name for path in paths])
     return Sampled(step, tuple(paths))
@@ -254,7 +255,7 @@ def save(base: Base, run: Config, path: Path, step: int) -> Saved:
         for name, layer in lora.layers(base.parts[part]).items()
         for adapter in layer.each_adapter()
     }
-    lora_file.write(path, lora_file.to_bytes(modules, metadata(base, run, step)))
+    files.write(path, lora_file.to_bytes(modules, metadata(base, run, step)))
     return Saved(step, path)
 
 

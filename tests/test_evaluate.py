@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from sdlora import base_model, generate, lora, lora_file
+from sdlora import base_model, files, generate, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.mini import evaluate, lead, world
@@ -34,7 +34,7 @@ def style_lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             down, up = (torch.randn(*shape, generator=generator) for shape in ((2, depth), (width, 2)))
             modules[stem] = lora_file.LoRAModule(down, up, 0.5)
     path = tmp_path_factory.mktemp("loras") / "wild.safetensors"
-    lora_file.write(path, lora_file.to_bytes(modules, {"modelspec.trigger_phrase": "glass"}))
+    files.write(path, lora_file.to_bytes(modules, {"modelspec.trigger_phrase": "glass"}))
     return path
 
 

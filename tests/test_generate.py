@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora import base_model, generate, lora, lora_file
+from sdlora import base_model, files, generate, lora, lora_file
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -41,7 +41,7 @@ def lora_path(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator), 0.5
             )
     path = tmp_path_factory.mktemp("loras") / "wild.safetensors"
-    lora_file.write(path, lora_file.to_bytes(modules, {}))
+    files.write(path, lora_file.to_bytes(modules, {}))
     return path
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_written_anew_speaks_with_its_new_weights(tiny_base: Path
         modules = {
             stem: lora_file.LoRAModule(one.down, one.up * scale, one.alpha) for stem, one in lora_file.read(lora_path).modules.items()
         }
-        lora_file.write(path, lora_file.to_bytes(modules, {}))
+        files.write(path, lora_file.to_bytes(modules, {}))
         generate.set_loras(base, [LoRA(path)])
         seen.append(draw(base).tobytes())
     assert seen[0] != seen[1]
@@ -146,7 +146,7 @@ def test_a_lora_that_does_not_fit_and_a_bad_size_get_one_sentence(tiny_base: Pat
         (fitting, r"is \(5, 5\) in the file"),
     ):
         path = tmp_path / "foreign.safetensors"
-        lora_file.write(path, lora_file.to_bytes({stem: foreign}, {}))
+        files.write(path, lora_file.to_bytes({stem: foreign}, {}))
         with pytest.raises(UserError, match=sentence):
             generate.set_loras(base, [LoRA(path)])
         assert lora.layers(base.unet) == {}

@@ -5,16 +5,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "devices": 0, "mini.shapes": 0,
-    "buckets": 1, "captions": 1, "images": 1, "noise": 1, "loss": 1, "lora": 1, "optimizer": 1, "mini.world": 1,
-    "config": 2, "dataset": 2, "base_model": 2, "text": 2, "latents": 2, "lora_file": 2, "mini.tokens": 2, "mini.reader": 2, "mini.lead": 2,
-    "cache": 3, "generate": 3, "run_folder": 3, "dataset_report": 3, "evaluate": 3, "lora_tools": 3, "mini.pretrain": 3,
+    "errors": 0, "devices": 0, "files": 0, "mini.shapes": 0,
+    "buckets": 1, "captions": 1, "images": 1, "noise": 1, "loss": 1, "deltas": 1, "lora_names": 1, "lora": 1, "optimizer": 1,
+    "mini.world": 1,
+    "config": 2, "dataset": 2, "data_folders": 2, "base_model": 2, "base_files": 2, "text": 2, "latents": 2, "lora_file": 2,
+    "mini.tokens": 2, "mini.reader": 2, "mini.lead": 2,
+    "cache": 3, "generate": 3, "run_folder": 3, "dataset_report": 3, "contact_sheet": 3, "evaluate": 3, "lora_tools": 3,
+    "mini.pretrain": 3,
     "train": 4, "compare": 4, "mini.examples": 4, "mini.evaluate": 4,
     "ui": 5, "demo": 5,
     "cli": 6,
     "__main__": 7,
 }  # fmt: skip
-ROOMS_OF_ONE_FLOOR = {"config", "base_model", "lora_file", "ui"}  # may be imported by neighbours of their own floor
+ROOMS_OF_ONE_FLOOR = {"config", "base_model", "lora_file", "deltas", "dataset", "ui"}  # may be imported by neighbours of their own floor
 
 
 def room(module: str) -> str:

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 
-from sdlora import lora, lora_file
+from sdlora import files, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.lora_file import LoRAModule
 
@@ -57,7 +57,7 @@ def test_round_trip_is_exact_in_fp16_and_bytes_are_equal(tmp_path: Path) -> None
     metadata = {"ss_output_name": "x", "modelspec.title": "Ü"} | {f"k{i}": str(i) for i in range(30)}
     first, second = (lora_file.to_bytes(modules, metadata) for _ in range(2))
     assert first == second
-    lora_file.write(tmp_path / "x.safetensors", first)
+    files.write(tmp_path / "x.safetensors", first)
     back = lora_file.read(tmp_path / "x.safetensors")
     assert back.metadata.items() >= metadata.items()
     assert (back.ranks, back.alphas) == ([4], [2.0])
@@ -97,14 +97,14 @@ def test_weights_that_are_not_finite_are_never_written() -> None:
 
 def test_a_full_disk_leaves_the_earlier_file_and_no_stray_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
-    lora_file.write(path, b"earlier")
+    files.write(path, b"earlier")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"x\.safetensors could not be written \(No space left on device\).*untouched"):
-        lora_file.write(path, b"later")
+        files.write(path, b"later")
     assert path.read_bytes() == b"earlier"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 

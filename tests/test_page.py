@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from sdlora import base_model, generate, lora, lora_file
+from sdlora import base_model, files, generate, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
 from sdlora.lora_file import LoRAModule
@@ -39,7 +39,7 @@ def write_lora(base: Path, path: Path, *, seed: int) -> None:
         if part == "unet" and "attn" in name:
             rows, columns = lora.base_weight(opened.parts[part].get_submodule(name)).shape
             modules[stem] = LoRAModule(torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator), 0.5)
-    lora_file.write(path, lora_file.to_bytes(modules, {}))
+    files.write(path, lora_file.to_bytes(modules, {}))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def place(tiny_base: Path, tmp_path: Path) -> Studio:
     write_lora(tiny_base, tmp_path / "loras/run/wild.safetensors", seed=0)
     write_lora(tiny_base, tmp_path / "loras/calm.safetensors", seed=1)
     foreign = {"lora_unet_input_blocks_1_1_proj_in": LoRAModule(torch.zeros(2, 5), torch.zeros(5, 2), 2.0)}
-    lora_file.write(tmp_path / "loras/<b>foreign.safetensors", lora_file.to_bytes(foreign, {}))
+    files.write(tmp_path / "loras/<b>foreign.safetensors", lora_file.to_bytes(foreign, {}))
     return Studio(tmp_path / "loras", tmp_path / "outputs")
 
 
@@ -71,7 +71,7 @@ def press(place: Studio, *values: Any) -> dict[str, Any]:
     return final
 
 
-def files(changes: dict[str, Any], row: str) -> list[Path]:
+def drawn_files(changes: dict[str, Any], row: str) -> list[Path]:
     return [Path(path) for path, _ in changes[row]["value"]]
 
 
@@ -97,12 +97,12 @@ def test_a_changed_strength_draws_anew_beside_the_same_plain_picture_and_loads_n
     monkeypatch.setattr(base_model, "load", lambda *_, **__: pytest.fail("base loaded again"))
     monkeypatch.setattr(lora_file, "read", lambda path: pytest.fail("LoRA read again"))
     second = press(place, *controls(tiny_base, wild, -0.5, count=2))
-    assert len(files(first, "with_lora")) == len(files(first, "without")) == 2
-    for one, other in zip(files(first, "with_lora"), files(second, "with_lora"), strict=True):
+    assert len(drawn_files(first, "with_lora")) == len(drawn_files(first, "without")) == 2
+    for one, other in zip(drawn_files(first, "with_lora"), drawn_files(second, "with_lora"), strict=True):
         assert Image.open(one).tobytes() != Image.open(other).tobytes()
-    assert files(first, "without") == files(second, "without")
+    assert drawn_files(first, "without") == drawn_files(second, "without")
     plain = press(place, *controls(tiny_base, "", 1.0, count=2))
-    assert files(plain, "with_lora") == files(first, "without")
+    assert drawn_files(plain, "with_lora") == drawn_files(first, "without")
     assert plain["with_lora"]["label"] == "Without LoRA"
     assert not plain["without"]["visible"]
 
@@ -112,7 +112,7 @@ def test_the_picture_is_the_one_that_generate_draws_and_keeps_its_settings(place
     base = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     generate.set_loras(base, [LoRA(place.loras / "run/wild.safetensors", 0.8), LoRA(place.loras / "calm.safetensors", 0.3)])
     ((_, expected),) = generate.pictures(base, Request(REQUEST.prompt, "a cup", 3, 2, 3.0))
-    (path,) = files(changes, "with_lora")
+    (path,) = drawn_files(changes, "with_lora")
     with Image.open(path) as image:
         assert image.tobytes() == expected.tobytes()
         assert image.info["parameters"].startswith(
@@ -158,9 +158,9 @@ def test_a_lora_that_does_not_fit_is_offered_and_says_why(place: Studio, tiny_ba
 
 def test_a_file_trained_anew_speaks_with_its_new_voice(place: Studio, tiny_base: Path) -> None:
     key, path = key_of(place, "wild"), place.loras / "run/wild.safetensors"
-    old = files(press(place, *controls(tiny_base, key, 1.0)), "with_lora")[0]
+    old = drawn_files(press(place, *controls(tiny_base, key, 1.0)), "with_lora")[0]
     write_lora(tiny_base, path, seed=9)
-    new = files(press(place, *controls(tiny_base, key, 1.0)), "with_lora")[0]
+    new = drawn_files(press(place, *controls(tiny_base, key, 1.0)), "with_lora")[0]
     assert Image.open(old).tobytes() != Image.open(new).tobytes()
 
 

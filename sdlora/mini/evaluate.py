@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sdlora import base_model, captions, devices, generate, images, lora_file, text
+from sdlora import base_model, captions, devices, files, generate, images, lora_file, text
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -290,10 +290,10 @@ def measure(options: argparse.Namespace) -> None:
     if options.sheet:
         buffer = io.BytesIO()
         sheet(cells).save(buffer, "PNG")
-        lora_file.write(options.sheet, buffer.getvalue())
+        files.write(options.sheet, buffer.getvalue())
     if options.json:
         values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        lora_file.write(options.json, (json.dumps({"settings": values, **asdict(report)}, indent=2) + "\n").encode())
+        files.write(options.json, (json.dumps({"settings": values, **asdict(report)}, indent=2) + "\n").encode())
 
 
 def main(words: list[str] | None = None) -> int:

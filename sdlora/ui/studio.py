@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora import base_model, devices, generate, lora, lora_file
+from sdlora import base_model, devices, files, generate, lora
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -249,7 +249,7 @@ def _one_picture(studio: Studio, base: Base, request: Request, loras: list[LoRA]
     for result in generate.picture(base, request):
         if isinstance(result, Image.Image):
             path = studio.outputs.resolve() / f"{stamp:%Y-%m-%d}" / f"{stamp:%H%M%S-%f}-seed{request.seed}{'' if loras else '-base'}.png"
-            lora_file.write(path, generate.png_bytes(result, generate.settings_text(base, request, loras)))
+            files.write(path, generate.png_bytes(result, generate.settings_text(base, request, loras)))
             if not loras:
                 studio.plain[request] = path
             yield path

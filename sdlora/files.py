@@ -1,0 +1,29 @@
+"""Writing files whole or not at all: nothing that a crash or a full disk interrupts is ever taken for a finished file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sdlora.errors import UserError
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: a temporary name beside it, flushed to the disk, then renamed over it.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; an earlier file at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({problem.strerror}); what stood there before is untouched. Free space or choose another folder."
+        ) from problem
