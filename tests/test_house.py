@@ -17,7 +17,15 @@ FLOORS = {
     "cli": 6,
     "__main__": 7,
 }  # fmt: skip
-ROOMS_OF_ONE_FLOOR = {"config", "base_model", "lora_file", "deltas", "dataset", "ui"}  # may be imported by neighbours of their own floor
+ROOMS_OF_ONE_FLOOR = {
+    "errors",
+    "config",
+    "base_model",
+    "lora_file",
+    "deltas",
+    "dataset",
+    "ui",
+}  # may be imported by neighbours of their own floor
 
 
 def room(module: str) -> str:
