@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sdlora import base_model, devices, generate, lora
+from sdlora import base_files, devices, generate, lora
 from sdlora.base_model import Base
 from sdlora.generate import LoRA, Request
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     device = devices.best_device()
-    base = base_model.load(options.base, device=device, dtype=devices.base_dtype(device))
+    base = base_files.load(options.base, device=device, dtype=devices.base_dtype(device))
     states = contenders(base, options.lora)
     times: dict[str, list[float]] = {name: [] for name in states}
     for round_ in range(options.rounds + 1):

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from sdlora import base_model, captions, config, dataset, devices, generate, latents, lora, noise, optimizer, text, train
+from sdlora import base_files, captions, config, dataset, devices, generate, latents, lora, optimizer, text, train
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -81,8 +81,8 @@ def batches(base: Base, run: Config) -> Callable[[int], Tensor]:
     samples = train.find_samples(run)
     encoded = list(latents.encode(base, [one.picture for one in samples], side_px=run.resolution_px or base.resolution_px))
     store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
-    states = train.encode_once(base, text.token_ids(base, [one.caption for one in samples] + [""]))
-    alphas = noise.scaled_linear_alphas().to(base.device)
+    states = train.encode_once(base, text.tokens(base, [one.caption for one in samples] + [""]))
+    alphas = base.alphas
 
     def loss(step: int) -> Tensor:
         chosen = dataset.batch_at(samples, seed=run.seed, batch_index=step, batch=run.batch)
@@ -130,7 +130,7 @@ def save(base: Base, run: Config, contender: str, out: Path) -> int:
     """Writes the LoRA file, or the fine-tuned base as a diffusers folder, both in fp16; returns the bytes of what was trained."""
     if contender == "lora":
         return train.save(base, run, out / "lora.safetensors", run.steps).path.stat().st_size
-    shutil.copytree(base.folder, out / "full", ignore=lambda folder, names: {"unet"} & set(names), dirs_exist_ok=True)
+    shutil.copytree(base_files.folder_of(run.base), out / "full", ignore=lambda folder, names: {"unet"} & set(names), dirs_exist_ok=True)
     base.unet.half().save_pretrained(out / "full" / "unet")
     return sum(path.stat().st_size for path in (out / "full" / "unet").glob("*.safetensors"))
 
@@ -138,7 +138,7 @@ def save(base: Base, run: Config, contender: str, out: Path) -> int:
 def train_contender(options: argparse.Namespace) -> Cost:
     """Trains one contender and leaves its weights in the folder."""
     run = run_config(options)
-    base = base_model.load(run.base, device=devices.best_device(), dtype=torch.float32)
+    base = base_files.load(run.base, device=devices.best_device(), dtype=torch.float32)
     weights = trainable(base, run, options.contender)
     rate = run.optimizer.learning_rate if options.contender == "lora" else options.full_learning_rate
     figures = run_steps(base, run, weights, rate)
@@ -150,7 +150,7 @@ def judge(options: argparse.Namespace) -> Quality:
     """Opens what the contender has written, draws held-out prompts, and saves a sheet of them."""
     run = run_config(options)
     name = str(options.out / "full") if options.contender == "full" else run.base
-    base = base_model.load(name, device=devices.best_device(), dtype=torch.float32)
+    base = base_files.load(name, device=devices.best_device(), dtype=torch.float32)
     generate.set_loras(base, [LoRA(options.out / "lora.safetensors")] if options.contender == "lora" else [])
     trigger = "" if options.contender == "base" else run.trigger
     chosen = evaluate.held_out(options.count, seed=run.seed)

@@ -1,46 +1,83 @@
-"""Base models: opening one, and what differs between families.
+"""Base models: what a base is, what differs between families, and how its UNet and autoencoder are asked.
 
-A base is a diffusers folder; `mini` is the one in the package. What the rest of the project needs of it stands in one record, so
-that the trainer and the generator never ask which family they have.
+SD 1.x, SD 2.x and SDXL differ in their text encoders, in what the UNet listens to, and in what it predicts. All of that ends here
+and in `text`: the trainer and the generator call `predict`, `encode` and `decode` and never ask which family they have.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from sdlora import lora, lora_file
+from sdlora import lora, lora_names, noise
 from sdlora.errors import UserError
 
-MINI = Path(__file__).parent / "mini" / "weights"
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 MLP = ("*.ff.net.0.proj", "*.ff.net.2", "*.proj_in", "*.proj_out")
 CONV = ("*.resnets.?.conv1", "*.resnets.?.conv2", "*.resnets.?.conv_shortcut", "*.resnets.?.time_emb_proj", "*samplers.0.conv")
 PRESETS: dict[str, tuple[str, ...]] = {"attn": ATTENTION, "attn-mlp": ATTENTION + MLP, "attn-mlp-conv": ATTENTION + MLP + CONV}
 TEXT_ATTENTION = ("*.self_attn.?_proj", "*.self_attn.out_proj")
+TEXT_MLP = ("*.mlp.fc?",)
+TEXT_PRESETS: dict[str, tuple[str, ...]] = {
+    "attn": TEXT_ATTENTION, "attn-mlp": TEXT_ATTENTION + TEXT_MLP, "attn-mlp-conv": TEXT_ATTENTION + TEXT_MLP,
+}  # fmt: skip
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+TITLES = {"mini": "the embedded base", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What the UNet listens to: states [B, L, D] and, for SDXL, the pooled sentence [B, P]."""
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+    def __getitem__(self, rows: Sequence[int]) -> TextStates:
+        """The states of some rows, in that order."""
+        chosen = list(rows)
+        return TextStates(self.context[chosen], None if self.pooled is None else self.pooled[chosen])
+
+    def to(self, where: torch.device) -> TextStates:
+        """The same states on a device."""
+        return TextStates(self.context.to(where), None if self.pooled is None else self.pooled.to(where))
+
+
+def joined(states: Sequence[TextStates]) -> TextStates:
+    """Several states as one batch."""
+    pooled = [one.pooled for one in states if one.pooled is not None]
+    return TextStates(torch.cat([one.context for one in states]), torch.cat(pooled) if pooled else None)
 
 
 @dataclass
 class Base:
-    """A loaded base: frozen modules, in evaluation mode, on one device."""
+    """A loaded base: frozen modules, in evaluation mode, on one device.
+
+    Args:
+        name: what the user called it.
+        family: "mini", "sd1", "sd2" or "sdxl".
+        text_encoders: one, SDXL has two; each with the tokenizer of the same place.
+        prediction: "epsilon", "v_prediction" or "sample", diffusers' words.
+        schedule: the scheduler's config, diffusers' words.
+        weights: the files that the UNet was read from.
+        clip_skip: which of the text encoder's layers is listened to, counted from the last as A1111 does; 1 is the last.
+    """
 
     name: str
-    folder: Path
+    family: str
     unet: Any
-    text_encoder: Any
     vae: Any
-    tokenizer: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
     prediction: str
     schedule: dict[str, Any]
+    weights: tuple[Path, ...]
+    clip_skip: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -49,9 +86,20 @@ class Base:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's number format."""
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
+
+    @property
     def reduction(self) -> int:
         """Pixels per latent in each direction: 8 for Stable Diffusion."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def grain_px(self) -> int:
+        """Both sides of a picture must be multiples of this."""
+        return self.reduction * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def resolution_px(self) -> int:
@@ -66,82 +114,76 @@ class Base:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The modules that a LoRA may change."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        return dict(zip(PARTS, (self.unet, *self.text_encoders), strict=False))
+
+    @property
+    def alphas(self) -> Tensor:
+        """ᾱ [T] of the base's noise schedule, on its device."""
+        return noise.alphas(self.schedule).to(self.device)
 
 
-def folder_of(name: str) -> Path:
-    """The folder that a base's name means.
-
-    Raises:
-        UserError: if it is neither "mini" nor a folder with a diffusers pipeline.
-    """
-    folder = MINI if name == "mini" else Path(name)
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"Base '{name}' is unknown; give \"mini\" or a folder with a diffusers pipeline (it holds model_index.json).")
-    return folder
-
-
-def load(name: str, *, device: torch.device, dtype: torch.dtype) -> Base:
-    """Opens a base, frozen and ready; the VAE stays in fp32, where it cannot overflow.
-
-    Raises:
-        UserError: if there is no such base, or its files are damaged.
-    """
-    folder = folder_of(name)
-    transformers_logging.disable_progress_bar()  # it would run through our own bars
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **options)
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **options)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(f"Base '{name}' cannot be opened: {str(problem).splitlines()[0]}") from problem
-    for module in (unet, text_encoder, vae):
-        module.to(device).eval().requires_grad_(False)
-    return Base(name, folder, unet, text_encoder, vae, tokenizer, schedule.get("prediction_type", "epsilon"), schedule)
-
-
-def family_of(base: Base) -> str:
-    """The base's family by the width of its text states, which every LoRA file shows too."""
-    return lora_file.FAMILIES.get(int(base.unet.config.cross_attention_dim), "other")
-
-
-def targets(preset: str | list[str]) -> tuple[str, ...]:
-    """The UNet's name patterns of a preset, or the patterns themselves.
+def targets(preset: str | list[str], *, part: str = "unet") -> tuple[str, ...]:
+    """The name patterns of a preset for one part of the base, or the patterns themselves.
 
     Raises:
         UserError: if a preset's name is unknown.
     """
     if isinstance(preset, list):
         return tuple(preset)
-    if preset not in PRESETS:
-        raise UserError(f"LoRA targets '{preset}' are unknown; presets are {', '.join(PRESETS)}, or give a list of patterns.")
-    return PRESETS[preset]
+    presets = PRESETS if part == "unet" else TEXT_PRESETS
+    if preset not in presets:
+        raise UserError(f"LoRA targets '{preset}' are unknown; presets are {', '.join(presets)}, or give a list of patterns.")
+    return presets[preset]
 
 
 def stems(base: Base) -> dict[str, tuple[str, str]]:
-    """Where each stem of a LoRA file belongs: the part of the base and the module's name in it."""
+    """Where each canonical stem of a LoRA file belongs: the part of the base and the module's name in it."""
     places = {}
-    for part, stem_of in (("unet", lora_file.unet_stem), ("text_encoder", lora_file.text_stem)):
-        for name in lora.places(base.parts[part]):
+    for part, module in base.parts.items():
+        for name in lora.places(module):
             if part == "unet" or "encoder.layers." in name:
-                places[stem_of(name)] = (part, name)
+                places[lora_names.stem_of(part, name)] = (part, name)
     return places
 
 
 def weights_hash(base: Base) -> str:
-    """SHA-256 over the UNet's weight file: says which base a LoRA was made for."""
+    """SHA-256 over the files that hold the UNet: says which base a LoRA was made for."""
     digest = hashlib.sha256()
-    for path in sorted((base.folder / "unet").glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for path in base.weights:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def predict(base: Base, noisy: Tensor, timesteps: Tensor, text: TextStates, sizes: Tensor | None = None) -> Tensor:
+    """The UNet's answer [B, 4, h, w].
+
+    Args:
+        noisy: latents [B, 4, h, w].
+        timesteps: [B], or one for all.
+        text: the states of the prompts [B, …].
+        sizes: SDXL's original size, crop and target size [B, 6] in px, see `buckets.time_ids`; by default those of an uncropped picture
+            of the latents' size. Other families have no ear for it.
+    """
+    added = None
+    if text.pooled is not None:
+        ids = uncropped(base, noisy) if sizes is None else sizes.to(noisy.device)
+        added = {"text_embeds": text.pooled.to(base.dtype), "time_ids": ids.to(base.dtype)}
+    answer: Tensor = base.unet(noisy.to(base.dtype), timesteps, text.context.to(base.dtype), added_cond_kwargs=added).sample
+    return answer
+
+
+def uncropped(base: Base, noisy: Tensor) -> Tensor:
+    """SDXL's size ids [B, 6] of pictures that were never larger than they are: (h, w, 0, 0, h, w) in px."""
+    height, width = (side * base.reduction for side in noisy.shape[-2:])
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=noisy.device).repeat(len(noisy), 1)
 
 
 @torch.no_grad()
 def encode(base: Base, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [B, 4, H/8, W/8] of the latents of pictures [B, 3, H, W] from -1 to 1, scaled, fp32."""
+    base.vae.to(base.device)
     posterior = base.vae.encode(images.to(base.device, torch.float32)).latent_dist
     return posterior.mean * base.scaling, posterior.std * base.scaling
 

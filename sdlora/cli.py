@@ -217,10 +217,10 @@ def _request(words: str, negative: str, seed: int, steps: int, guidance: float, 
 
 
 def _open_base(name: str) -> Base:
-    from sdlora import base_model, devices
+    from sdlora import base_files, devices
 
     device = devices.best_device()
-    return base_model.load(name, device=device, dtype=devices.base_dtype(device))
+    return base_files.load(name, device=device, dtype=devices.base_dtype(device))
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -328,11 +328,11 @@ def _ctrl_c_asks_to_stop(folder: Path) -> Iterator[None]:
 
 def _show_plan(run: Config) -> None:
     """The resolved config, and what it would train on; everything that can be checked without training is."""
-    from sdlora import base_model, train
+    from sdlora import base_files, base_model, train
     from sdlora import config as configs
 
     samples = train.find_samples(run)
-    base_model.folder_of(run.base)
+    base_files.folder_of(run.base)
     base_model.targets(run.lora.targets)
     print(configs.to_toml(run))
     visits = run.steps * run.batch * run.optimizer.accumulation

@@ -26,7 +26,8 @@ class LoRAConfig(_Table):
     rank: int = Field(16, ge=1, le=1024, description="columns of B and rows of A")
     alpha: float = Field(16.0, gt=0, description="updates are scaled by alpha / rank")
     targets: str | list[str] = Field("attn", description="preset (attn, attn-mlp, attn-mlp-conv) or patterns for UNet module names")
-    text_encoder: bool | None = Field(None, description="also train the text encoder's attention; by kind: character yes, style no")
+    text_encoder: bool | None = Field(None, description="also train the text encoders; by kind: character yes, style no")
+    text_targets: str | list[str] | None = Field(None, description="the same for the text encoders' modules; the preset of `targets`")
 
 
 class OptimizerConfig(_Table):
@@ -109,6 +110,9 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     if run.lora.text_encoder is None:
         # a style is how things look, which the UNet alone learns; a character's name must also be heard by the text encoder
         run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_encoder": run.kind == "character"})})
+    if run.lora.text_targets is None:
+        text_targets = run.lora.targets if isinstance(run.lora.targets, str) else "attn"
+        run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_targets": text_targets})})
     return run
 
 

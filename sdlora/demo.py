@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdlora import base_model, compare, config, devices, files
+from sdlora import base_files, compare, config, devices, files
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.generate import Request
@@ -40,7 +40,7 @@ def style_config() -> Config:
 def sheet(run: Config, lora: Path, out: Path) -> Iterator[tuple[int, int] | Path]:
     """Draws the comparison sheet of the finished run: yields (done, total), and at the end where it lies."""
     device = devices.best_device()
-    base = base_model.load(run.base, device=device, dtype=devices.base_dtype(device))
+    base = base_files.load(run.base, device=device, dtype=devices.base_dtype(device))
     requests = [Request(f"{run.trigger}, {words}", seed=7 + i) for i, words in enumerate(PROMPTS)]
     for item in compare.draw(base, requests, compare.columns([lora], [0.5, 1.0])):
         if isinstance(item, tuple):

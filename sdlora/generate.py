@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sdlora
 from sdlora import base_model, devices, images, lora, lora_file, text
-from sdlora.base_model import Base
+from sdlora.base_model import Base, TextStates
 from sdlora.errors import UserError
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +33,10 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+
+SCHEDULE = (
+    "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "steps_offset", "rescale_betas_zero_snr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def scheduler(base: Base, sampler: str) -> Any:
     if sampler not in SAMPLERS:
         raise UserError(f"Sampler '{sampler}' is unknown; there are {', '.join(SAMPLERS)}.")
     name, options = SAMPLERS[sampler]
-    kept = {key: base.schedule[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")}
-    return getattr(diffusers, name)(**kept, steps_offset=base.schedule.get("steps_offset", 0), **options)
+    kept = {key: base.schedule[key] for key in SCHEDULE if key in base.schedule}
+    return getattr(diffusers, name)(**kept, prediction_type=base.prediction, **options)
 
 
 def load_lora(base: Base, one: LoRA) -> None:
@@ -86,8 +90,9 @@ def load_lora(base: Base, one: LoRA) -> None:
     name = f"{one.path}@{written_ns}".replace(".", "·")  # PyTorch allows no dots in the names of modules
     if not any(name in layer.adapters for part in base.parts.values() for layer in lora.layers(part).values()):
         _attach(base, one.path, name)
-    lora.set_strength(base.unet, one.strength, name)
-    lora.set_strength(base.text_encoder, one.strength if one.text_strength is None else one.text_strength, name)
+    for part, module in base.parts.items():
+        speaks = one.strength if part == "unet" or one.text_strength is None else one.text_strength
+        lora.set_strength(module, speaks, name)
 
 
 def _attach(base: Base, path: Path, name: str) -> None:
@@ -131,15 +136,14 @@ def set_loras(base: Base, loras: list[LoRA]) -> None:
 
 
 @torch.no_grad()
-def denoise(base: Base, latents: Tensor, context: Tensor, empty: Tensor, request: Request) -> Iterator[Tensor]:
+def denoise(base: Base, latents: Tensor, states: TextStates, request: Request) -> Iterator[Tensor]:
     """Runs the sampler; yields the latents after each step.
 
     Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): ε = ε_neg + guidance · (ε_prompt - ε_neg).
 
     Args:
         latents: unit noise [B, 4, h, w].
-        context: text states of the prompts [B, L, D].
-        empty: text states of the negative prompts [B, L, D].
+        states: text states of the B negative prompts and then of the B prompts.
     """
     steps = scheduler(base, request.sampler)
     steps.set_timesteps(request.steps, device=base.device)
@@ -147,12 +151,11 @@ def denoise(base: Base, latents: Tensor, context: Tensor, empty: Tensor, request
     generator = devices.generator(request.seed, 17)
     options = {"generator": generator} if request.sampler == "Euler a" else {}
     for t in steps.timesteps:
-        scaled = steps.scale_model_input(latents, t).to(context.dtype)
+        scaled = steps.scale_model_input(latents, t)
         if request.guidance == 1:
-            guided = base.unet(scaled, t, context).sample.float()
+            guided = base_model.predict(base, scaled, t, states[range(len(latents), 2 * len(latents))]).float()
         else:
-            both = base.unet(torch.cat([scaled, scaled]), t, torch.cat([empty, context])).sample.float()
-            without, with_prompt = both.chunk(2)
+            without, with_prompt = base_model.predict(base, torch.cat([scaled, scaled]), t, states).float().chunk(2)
             guided = without + request.guidance * (with_prompt - without)
         latents = steps.step(guided, t, latents, **options).prev_sample
         yield latents
@@ -166,13 +169,14 @@ def picture(base: Base, request: Request) -> Iterator[int | Image.Image]:
         UserError: if the size is not a multiple of the base's reduction, or the sampler is unknown.
     """
     width, height = request.width_px or base.resolution_px, request.height_px or base.resolution_px
-    grain = base.reduction * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    if width % grain or height % grain or min(width, height) < grain:
-        raise UserError(f"Size {width}x{height} cannot be drawn with base '{base.name}'; both sides must be multiples of {grain} px.")
+    if width % base.grain_px or height % base.grain_px or min(width, height) < base.grain_px:
+        raise UserError(
+            f"Size {width}x{height} cannot be drawn with base '{base.name}'; both sides must be multiples of {base.grain_px} px."
+        )
     shape = (1, 4, height // base.reduction, width // base.reduction)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(base.device)
-    empty, context = (text.encode(base, text.token_ids(base, [words])) for words in (request.negative, request.prompt))
-    for step, partial in enumerate(denoise(base, latents, context, empty, request), start=1):
+    both = text.encode(base, text.tokens(base, [request.negative, request.prompt]))
+    for step, partial in enumerate(denoise(base, latents, both, request), start=1):
         latents = partial
         yield step
     yield images.to_image(base_model.decode(base, latents)[0])

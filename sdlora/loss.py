@@ -16,15 +16,19 @@ def min_snr_weight(ratio: Tensor, *, gamma: float, prediction: str) -> Tensor:
     """min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v (Hang et al. 2023, arXiv 2303.09556, section 3.4).
 
     The paper's weight is min(SNR, γ) on the error of x_0; an error of ε is SNR times, one of v SNR + 1 times as large.
+    Where there is no signal at all (zero-terminal schedules), the weight for ε is its limit, 1.
 
     Args:
         ratio: SNR [B].
         gamma: 5 in the paper; at 0 all weights are 1.
-        prediction: "epsilon" or "v_prediction".
+        prediction: "epsilon", "v_prediction" or "sample".
     """
     if gamma == 0:
         return ratio.new_ones(ratio.shape)
-    return ratio.clamp(max=gamma) / (ratio if prediction == "epsilon" else ratio + 1)
+    if prediction == "epsilon":
+        return (gamma / ratio).clamp(max=1)
+    limited = ratio.clamp(max=gamma)
+    return limited if prediction == "sample" else limited / (ratio + 1)
 
 
 def squared_error(predicted: Tensor, wanted: Tensor) -> Tensor:

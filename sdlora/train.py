@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora import (
+    base_files,
     base_model,
     captions,
     dataset,
@@ -32,11 +33,12 @@ from sdlora import (
     run_folder,
     text,
 )  # fmt: skip
-from sdlora.base_model import Base
+from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
 from sdlora.dataset import Sample
 from sdlora.errors import UserError
 from sdlora.latents import Latents
+from sdlora.text import Tokens
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     device = devices.best_device()
     dtype = devices.base_dtype(device)
     accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
-    base = base_model.load(run.base, device=device, dtype=dtype)
+    base = base_files.load(run.base, device=device, dtype=dtype)
 
     encoded = []
     side_px = run.resolution_px or base.resolution_px
@@ -129,13 +131,14 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
 
     names = add_lora(base, run)
     weights = {part: lora.parameters(module) for part, module in base.parts.items()}
-    every = weights["unet"] + weights["text_encoder"]
-    groups = [(weights["unet"], run.optimizer.learning_rate), (weights["text_encoder"], run.optimizer.text_encoder_learning_rate)]
+    every = [weight for part in weights.values() for weight in part]
+    rates = {"unet": run.optimizer.learning_rate, "text_encoder": run.optimizer.text_encoder_learning_rate}
+    groups = [(weights[part], rates.get(part, run.optimizer.text_encoder_learning_rate)) for part in weights]
     adamw = accelerator.prepare_optimizer(optimizer.adamw(groups, weight_decay=run.optimizer.weight_decay), device_placement=False)
 
-    ids = text.token_ids(base, [sample.caption for sample in samples] + [""])
-    states = None if weights["text_encoder"] else encode_once(base, ids)
-    alphas = noise.scaled_linear_alphas().to(device)
+    spoken = text.tokens(base, [sample.caption for sample in samples] + [""])
+    states = None if any(weights[part] for part in weights if part != "unet") else encode_once(base, spoken)
+    alphas = base.alphas
     run_folder.create(folder, run)
     started = Started(len(samples), len(names), sum(weight.numel() for weight in every), run.steps)
     run_folder.log(folder, event="started", **asdict(started))
@@ -151,8 +154,8 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
         for part in range(run.optimizer.accumulation):
             batch_index = (step - 1) * run.optimizer.accumulation + part
             chosen = dataset.batch_at(samples, seed=run.seed, batch_index=batch_index, batch=run.batch)
-            spoken = [len(samples) if _drops(run, batch_index, place) else i for place, i in enumerate(chosen)]
-            context = states[spoken] if states is not None else text.encode(base, ids[spoken])
+            rows = [len(samples) if _drops(run, batch_index, place) else i for place, i in enumerate(chosen)]
+            context = states[rows] if states is not None else text.encode(base, spoken[rows])
             batch_loss = loss_of_batch(base, store, chosen, context, alphas, run=run, batch_index=batch_index)
             accelerator.backward(batch_loss / run.optimizer.accumulation)
             total += batch_loss.detach() / run.optimizer.accumulation
@@ -194,13 +197,13 @@ def find_samples(run: Config) -> list[Sample]:
 
 
 def loss_of_batch(
-    base: Base, store: Latents, chosen: list[int], context: Tensor, alphas: Tensor, *, run: Config, batch_index: int
+    base: Base, store: Latents, chosen: list[int], context: TextStates, alphas: Tensor, *, run: Config, batch_index: int
 ) -> Tensor:
     """From pictures to a loss: draw latents, add noise, let the UNet predict, compare.
 
     Args:
         chosen: indices of the pictures [B].
-        context: their text states [B, L, D].
+        context: their text states.
         alphas: ᾱ [T].
     """
     generator = devices.generator(run.seed, batch_index)
@@ -209,8 +212,7 @@ def loss_of_batch(
     timesteps = noise.stratified_timesteps(len(chosen), count=len(alphas), generator=generator).to(clean.device)
     noisy = noise.add_noise(clean, drawn, alphas, timesteps)
     wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)
-    dtype = next(base.unet.parameters()).dtype
-    predicted = base.unet(noisy.to(dtype), timesteps, context.to(dtype)).sample
+    predicted = base_model.predict(base, noisy, timesteps, context)
     weight = loss.min_snr_weight(loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
     return (loss.squared_error(predicted, wanted) * weight).mean()
 
@@ -218,19 +220,21 @@ def loss_of_batch(
 def add_lora(base: Base, run: Config) -> list[str]:
     """Puts fresh adapters into the UNet and, if asked for, the text encoder; returns the wrapped modules' names."""
     generator = devices.generator(run.seed, 2**31)
-    places = {"unet": base_model.targets(run.lora.targets)}
-    if run.lora.text_encoder:
-        places["text_encoder"] = base_model.TEXT_ATTENTION
     names = []
-    for part, targets in places.items():
-        names += lora.add(base.parts[part], rank=run.lora.rank, alpha=run.lora.alpha, targets=targets, generator=generator)
+    for part, module in base.parts.items():
+        if part != "unet" and not run.lora.text_encoder:
+            continue
+        wanted = run.lora.targets if part == "unet" else run.lora.text_targets
+        assert wanted is not None  # `config.parse` says which
+        targets = base_model.targets(wanted, part=part)
+        names += lora.add(module, rank=run.lora.rank, alpha=run.lora.alpha, targets=targets, generator=generator)
     return names
 
 
 @torch.no_grad()
-def encode_once(base: Base, ids: Tensor) -> Tensor:
-    """Text states of all captions [N, L, D], for a text encoder that does not change."""
-    return torch.cat([text.encode(base, one[None]) for one in ids])
+def encode_once(base: Base, spoken: Tokens) -> TextStates:
+    """Text states of all captions, for text encoders that do not change."""
+    return base_model.joined([text.encode(base, spoken[[row]]) for row in range(len(spoken.ids[0]))])
 
 
 def draw_samples(base: Base, run: Config, folder: Path, samples: list[Sample], *, step: int) -> Sampled:
@@ -261,7 +265,7 @@ def save(base: Base, run: Config, path: Path, step: int) -> Saved:
 
 def metadata(base: Base, run: Config, step: int) -> dict[str, str]:
     """What other tools show of a LoRA: kohya's `ss_` and Stability's `modelspec` keys, no times, so that equal runs are equal bytes."""
-    family = base_model.family_of(base)
+    family = base.family
     architecture = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2-512/lora"}.get(family, f"{family}/lora")
     version = {"sd1": "sd_v1", "sd2": "sd_v2"}.get(family, family)
     values = {

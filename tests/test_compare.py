@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora import base_model, compare, generate
+from sdlora import base_files, compare, generate
 from sdlora.generate import Request
 
 
@@ -33,7 +33,7 @@ def test_each_cell_is_the_picture_of_its_row_and_column() -> None:
 
 
 def test_the_first_column_is_the_bases_own_picture(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    base = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     requests = [Request("a red star", seed=1, steps=2), Request("a cup", seed=2, steps=2)]
     kept: list[list[list[Image.Image]]] = []
     honest = compare.arrange

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from sdlora import base_model, files, generate, lora, lora_file
+from sdlora import base_files, base_model, files, generate, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.mini import evaluate, lead, world
@@ -27,7 +27,7 @@ def drawings(style: str, *, blur: float = 0.0) -> list[Image.Image]:
 @pytest.fixture(scope="session")
 def style_lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA over the UNet's attention with random weights and a trigger word."""
-    base, generator, modules = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32), torch.Generator(), {}
+    base, generator, modules = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32), torch.Generator(), {}
     for stem, (part, name) in base_model.stems(base).items():
         if part == "unet" and "attn" in name:
             width, depth = lora.base_weight(base.parts[part].get_submodule(name)).shape[:2]
@@ -95,7 +95,7 @@ def test_the_character_is_called_alone_and_in_company() -> None:
 
 def test_a_batch_draws_what_single_requests_draw(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "BATCH", 3)
-    base = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    base = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     prompts = [evaluate.prompt_of(one) for one in COMBINATIONS[:5]]
     together = list(evaluate.draw(base, prompts, Request("", negative="a cup", seed=11, steps=4)))
     assert len(together) == 5
@@ -130,7 +130,7 @@ def test_the_command_writes_figures_and_a_sheet(
 def test_the_trigger_word_is_only_used_with_the_lora(tiny_base: Path, style_lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(evaluate, "drawn", lambda base, prompts, settings, name: asked.append(prompts) or [GREY] * len(prompts))
-    base = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    base = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     evaluate.measure_style(base, [generate.LoRA(style_lora)], Request(""), 2)
     assert asked[1] == [f"glass, {prompt}" for prompt in asked[0]]
 

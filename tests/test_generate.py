@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora import base_model, files, generate, lora, lora_file
+from sdlora import base_files, base_model, files, generate, lora, lora_file
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -17,7 +17,7 @@ REQUEST = Request("a red star on a blue background", negative="a cup", seed=3, s
 
 
 def opened(folder: Path) -> Base:
-    return base_model.load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
+    return base_files.load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
 
 
 def draw(base: Base, request: Request = REQUEST) -> Image.Image:

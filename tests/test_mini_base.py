@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdlora import base_model, cli, generate
+from sdlora import base_files, cli, generate
 from sdlora.base_model import Base
 from sdlora.generate import LoRA, Request
 from sdlora.mini import evaluate
@@ -17,7 +17,7 @@ REQUEST = Request("vitrail, a blue star on a yellow background", seed=4)
 
 @pytest.fixture(scope="session")
 def mini() -> Base:
-    return base_model.load("mini", device=torch.device("cpu"), dtype=torch.float32)
+    return base_files.load("mini", device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def style_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_small() -> None:
-    sizes = [path.stat().st_size for path in base_model.MINI.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in base_files.MINI.rglob("*") if path.is_file()]
     assert max(sizes) <= 16e6
     assert sum(sizes) <= 30e6
 
@@ -64,7 +64,7 @@ def test_the_demos_file_gives_the_same_picture_in_plain_diffusers_with_peft(mini
 
 def pipeline() -> diffusers.StableDiffusionPipeline:
     opened = diffusers.StableDiffusionPipeline.from_pretrained(
-        base_model.MINI, dtype=torch.float32, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        base_files.MINI, dtype=torch.float32, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     opened.set_progress_bar_config(disable=True)
     return opened

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from sdlora import base_model, files, generate, lora, lora_file
+from sdlora import base_files, base_model, files, generate, lora, lora_file
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
 from sdlora.lora_file import LoRAModule
@@ -33,7 +33,7 @@ REQUEST = Request("a red star on a blue background", seed=3, steps=2, guidance=3
 
 def write_lora(base: Path, path: Path, *, seed: int) -> None:
     """A LoRA with random weights over the UNet's attention."""
-    opened, generator = base_model.load(str(base), device=torch.device("cpu"), dtype=torch.float32), torch.Generator().manual_seed(seed)
+    opened, generator = base_files.load(str(base), device=torch.device("cpu"), dtype=torch.float32), torch.Generator().manual_seed(seed)
     modules = {}
     for stem, (part, name) in base_model.stems(opened).items():
         if part == "unet" and "attn" in name:
@@ -109,7 +109,7 @@ def test_a_changed_strength_draws_anew_beside_the_same_plain_picture_and_loads_n
 
 def test_the_picture_is_the_one_that_generate_draws_and_keeps_its_settings(place: Studio, tiny_base: Path) -> None:
     changes = press(place, *controls(tiny_base, key_of(place, "wild"), key_of(place, "calm"), 0.8, 0.3, beside=False))
-    base = base_model.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    base = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     generate.set_loras(base, [LoRA(place.loras / "run/wild.safetensors", 0.8), LoRA(place.loras / "calm.safetensors", 0.3)])
     ((_, expected),) = generate.pictures(base, Request(REQUEST.prompt, "a cup", 3, 2, 3.0))
     (path,) = drawn_files(changes, "with_lora")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sdlora import base_model, captions, devices, files, generate, images, lora_file, text
+from sdlora import base_files, base_model, captions, devices, files, generate, images, lora_file, text
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -111,13 +111,12 @@ def draw(base: Base, prompts: list[str], settings: Request) -> Iterator[Image.Im
         settings: all but the prompt; not for samplers that draw noise on their way ("Euler a"), which share it over a batch.
     """
     side = base.resolution_px // base.reduction
-    empty = text.encode(base, text.token_ids(base, [settings.negative]))
     for start in range(0, len(prompts), BATCH):
         words = prompts[start : start + BATCH]
         seeds = range(settings.seed + start, settings.seed + start + len(words))
         noise = torch.cat([torch.randn((1, 4, side, side), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        context = text.encode(base, text.token_ids(base, words))
-        *_, latents = generate.denoise(base, noise.to(base.device), context, empty.expand(len(words), -1, -1), settings)
+        states = text.encode(base, text.tokens(base, [settings.negative] * len(words) + words))
+        *_, latents = generate.denoise(base, noise.to(base.device), states, settings)
         yield from (images.to_image(pixels) for pixels in base_model.decode(base, latents))
 
 
@@ -278,7 +277,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> None:
     """Opens the base, measures, and writes what was asked for."""
     device = devices.best_device()
-    base = base_model.load(options.base, device=device, dtype=devices.base_dtype(device))
+    base = base_files.load(options.base, device=device, dtype=devices.base_dtype(device))
     settings = Request("", seed=options.seed, steps=options.steps, guidance=options.guidance)
     loras = [LoRA(options.lora, options.strength)] if options.lora else []
     count = COUNTS[options.measure] if options.count is None else options.count

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora import base_model, devices, files, generate, lora
+from sdlora import base_files, devices, files, generate, lora
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -119,7 +119,7 @@ def use_base(studio: Studio, name: str) -> Base:
     """
     if studio.base is None or studio.base.name != name:
         device = devices.best_device()
-        studio.base = base_model.load(name, device=device, dtype=devices.base_dtype(device))
+        studio.base = base_files.load(name, device=device, dtype=devices.base_dtype(device))
         studio.stamps.clear()
         studio.plain.clear()
     return studio.base
