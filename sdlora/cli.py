@@ -14,13 +14,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sdlora.errors import UserError
+from sdlora.progress import console, progress
 
 if TYPE_CHECKING:
     from sdlora.base_model import Base
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from sdlora.generate import LoRA, Request
 
 cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
-console = Console()
 
 BaseName = Annotated[str, typer.Option(help="mini, or a diffusers folder")]
 LoRANames = Annotated[list[str], typer.Option("--lora", metavar="FILE[:STRENGTH[:TEXT]]", help="LoRA file; strength -2 to 2")]
@@ -50,7 +48,7 @@ def demo(out: RunFolder = None) -> None:
     folder = out or _free_folder(Path("runs/demo"))
     run = story.style_config()
     path = _train(run, folder)
-    with _progress() as bar:
+    with progress() as bar:
         sheet = bar.run("drawing the sheet", story.sheet(run, path, folder / "sheet.png"))
     console.print(f"\nThe style as a LoRA file:      [bold]{path}[/]", soft_wrap=True)
     console.print(f"Pictures without and with it:  [bold]{sheet}[/]", soft_wrap=True)
@@ -99,7 +97,7 @@ def generate(
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
     opened = _open_base(base)
     generator.set_loras(opened, loras)
-    with _progress() as bar:
+    with progress() as bar:
         for request in requests:
             drawn = generator.pictures(opened, request, count=count)
             for one, image in bar.each(request.prompt, drawn, total=count):
@@ -134,7 +132,7 @@ def compare(
     columns = sheets.columns(paths, [_number(one, "--strengths", -2, 2) for one in strengths.split(",")])
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
     opened = _open_base(base)
-    with _progress() as bar:
+    with progress() as bar:
         sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
     files.write(out, sheets.png_bytes(sheet))
     console.print(f"The sheet: [bold]{out}[/]", soft_wrap=True)
@@ -235,52 +233,7 @@ def _free_picture(folder: Path, seed: int) -> Path:
     return folder / f"{max(taken, default=0) + 1:05d}-{seed}.png"
 
 
-# --- progress -----------------------------------------------------------------------------------------------------------------
-
-
-class _Bars:
-    """Progress bars with time left; on something that is not a terminal, a line when a piece of work begins and ends."""
-
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Sets a bar; it appears with its first number."""
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name[:40], total=total, note="")
-        self.bars.update(self.tasks[name], completed=done, total=total, note=note)
-        if not self.bars.console.is_terminal and (done == total or done % max(1, total // 10) == 0):
-            self.bars.console.print(f"{name} {done}/{total} {note}", highlight=False, soft_wrap=True)
-
-    def each(self, name: str, items: Iterator[Any], *, total: int) -> Iterator[Any]:
-        """The items, with a bar that counts them."""
-        self.show(name, 0, total)
-        for done, item in enumerate(items, start=1):
-            yield item
-            self.show(name, done, total)
-
-    def run(self, name: str, work: Iterator[Any]) -> Any:
-        """Follows work that yields (done, total) and, last, its result."""
-        for item in work:
-            if not isinstance(item, tuple):
-                return item
-            self.show(name, *item)
-        raise AssertionError("the work ended without a result")
-
-    def print(self, words: str) -> None:
-        """A line above the bars."""
-        self.bars.console.print(words, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bars]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        yield _Bars(bars)
+# --- training -----------------------------------------------------------------------------------------------------------------
 
 
 def _train(run: Config, folder: Path) -> Path:
@@ -290,7 +243,7 @@ def _train(run: Config, folder: Path) -> Path:
 
     run_folder.check_free(folder)
     console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
-    with _progress() as bar, _ctrl_c_asks_to_stop(folder):
+    with progress() as bar, _ctrl_c_asks_to_stop(folder):
         for event in story.train(run, folder):
             match event:
                 case story.Encoding(done, total):

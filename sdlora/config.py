@@ -20,14 +20,31 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class OverrideConfig(_Table):
+    """Modules that are treated otherwise than the rest."""
+
+    pattern: str = Field(description='module names, such as "mid_block.*" or "*.attn2.*"')
+    rank: int | None = Field(None, ge=1, le=1024, description="their rank")
+    alpha: float | None = Field(None, gt=0, description="their alpha")
+    learning_rate: float | None = Field(None, ge=0, description="their peak rate")
+
+
 class LoRAConfig(_Table):
     """The low-rank layers."""
 
-    rank: int = Field(16, ge=1, le=1024, description="columns of B and rows of A")
+    rank: int = Field(16, ge=1, le=1024, description="rows of A and columns of B")
     alpha: float = Field(16.0, gt=0, description="updates are scaled by alpha / rank")
     targets: str | list[str] = Field("attn", description="preset (attn, attn-mlp, attn-mlp-conv) or patterns for UNet module names")
     text_encoder: bool | None = Field(None, description="also train the text encoders; by kind: character yes, style no")
     text_targets: str | list[str] | None = Field(None, description="the same for the text encoders' modules; the preset of `targets`")
+    rank_stabilised: bool = Field(False, description="scale by alpha / √rank (rsLoRA, Kalajdzievski 2023) instead of alpha / rank")
+    dora: bool = Field(False, description="also learn each weight's magnitude (DoRA, Liu et al. 2024); diffusers cannot read it")
+    init: Literal["gaussian", "pissa"] = Field("gaussian", description="pissa starts at the weights' main directions; the file has 2 · rank")
+    rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out, drawn for each batch")
+    module_dropout: float = Field(0.0, ge=0, lt=1, description="share of the modules left out, drawn for each batch")
+    network_dropout: float = Field(0.0, ge=0, lt=1, description="share of the numbers between A and B set to 0")
+    start_from: Path | None = Field(None, strict=False, description="an existing LoRA file to go on from; its ranks and alphas are kept")
+    overrides: list[OverrideConfig] = Field([], description="other ranks, alphas or rates for some modules; the last that matches counts")
 
 
 class OptimizerConfig(_Table):
@@ -36,11 +53,23 @@ class OptimizerConfig(_Table):
     name: Literal["adamw"] = Field("adamw", description="optimizer")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of the UNet's layers")
     text_encoder_learning_rate: float = Field(2e-4, ge=0, description="peak rate of the text encoder's layers")
+    text_encoder_2_learning_rate: float | None = Field(None, ge=0, description="that of SDXL's second; the same if not given")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="course of the rate after warm-up")
     clip_norm: float = Field(1.0, ge=0, description="largest norm of all gradients together; 0 for none")
     accumulation: int = Field(1, ge=1, description="batches per step")
+
+
+class OutputConfig(_Table):
+    """The LoRA file."""
+
+    format: Literal["kohya", "diffusers"] = Field("kohya", description="kohya's layout loads everywhere; diffusers' in diffusers")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="number format of the weights")
+    minimal_metadata: bool = Field(False, description="only what loaders need, no settings, no tags")
+    sidecars: bool = Field(False, description="also <name>.json and a preview <name>.png for the web UIs")
+    author: str = Field("", description="written into the file")
+    license: str = Field("", description="written into the file")
 
 
 class FolderConfig(_Table):
@@ -53,7 +82,13 @@ class FolderConfig(_Table):
 class Config(_Table):
     """One run."""
 
-    base: str = Field(description="mini, or a diffusers folder")
+    base: str = Field(description="mini, a diffusers folder, a .safetensors checkpoint, or a hub name")
+    vae: str | None = Field(None, description="another autoencoder: a folder or a .safetensors file")
+    tokenizer: str | None = Field(None, description="folder with a tokenizer, for a checkpoint that brings none")
+    family: Literal["auto", "sd1", "sd2", "sdxl"] = Field("auto", description="what the base is, if it is taken for something else")
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field("auto", description="what the base predicts, likewise")
+    zero_terminal_snr: bool | None = Field(None, description="last timestep without any signal; as the base says if not given")
+    clip_skip: int | None = Field(None, ge=1, le=12, description="text layer counted from the last, 1 for the last; the family's own")
     data: list[FolderConfig] = Field(min_length=1, description="a folder, or a list of tables with folder and repeats")
     kind: Literal["style", "character"] = Field(description="what the pictures have in common")
     trigger: str = Field("", description="word that calls the LoRA; put first in captions that lack it")
@@ -67,8 +102,10 @@ class Config(_Table):
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(200, ge=0, description="steps between sample pictures, the base's own at step 0; 0 for none")
     sample_prompts: list[str] = Field([], description="prompts of the samples; two of the captions if empty")
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    output: OutputConfig = OutputConfig()
 
 
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
@@ -158,5 +195,8 @@ def _sentence(problem: ValidationError) -> str:
 
 
 def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
-    tables: dict[str, type[BaseModel]] = {"lora": LoRAConfig, "optimizer": OptimizerConfig, "data": FolderConfig}
-    return list(tables.get(str(place[0]), Config).model_fields if len(place) > 1 else Config.model_fields)
+    tables: dict[str, type[BaseModel]] = {
+        "lora": LoRAConfig, "optimizer": OptimizerConfig, "data": FolderConfig, "output": OutputConfig, "overrides": OverrideConfig,
+    }  # fmt: skip
+    inner = [str(part) for part in place[:-1] if isinstance(part, str)]
+    return list(tables[inner[-1]].model_fields if inner and inner[-1] in tables else Config.model_fields)

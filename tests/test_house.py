@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "devices": 0, "files": 0, "mini.shapes": 0,
+    "errors": 0, "devices": 0, "files": 0, "progress": 0, "mini.shapes": 0,
     "buckets": 1, "captions": 1, "images": 1, "noise": 1, "loss": 1, "deltas": 1, "lora_names": 1, "lora": 1, "optimizer": 1,
     "mini.world": 1,
     "config": 2, "dataset": 2, "data_folders": 2, "base_model": 2, "base_files": 2, "text": 2, "latents": 2, "lora_file": 2,

@@ -1,0 +1,58 @@
+"""Progress bars with time left, for work that is a generator; on something that is not a terminal, lines instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+class Bars:
+    """Progress bars with time left; on something that is not a terminal, a line when a piece of work begins and ends."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def show(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Sets a bar; it appears with its first number."""
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name[:40], total=total, note="")
+        self.bars.update(self.tasks[name], completed=done, total=total, note=note)
+        if not self.bars.console.is_terminal and (done == total or done % max(1, total // 10) == 0):
+            self.bars.console.print(f"{name} {done}/{total} {note}", highlight=False, soft_wrap=True)
+
+    def each(self, name: str, items: Iterator[Any], *, total: int) -> Iterator[Any]:
+        """The items, with a bar that counts them."""
+        self.show(name, 0, total)
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.show(name, done, total)
+
+    def run(self, name: str, work: Iterator[Any]) -> Any:
+        """Follows work that yields (done, total) and, last, its result."""
+        for item in work:
+            if not isinstance(item, tuple):
+                return item
+            self.show(name, *item)
+        raise AssertionError("the work ended without a result")
+
+    def print(self, words: str) -> None:
+        """A line above the bars."""
+        self.bars.console.print(words, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Bars]:
+    """Bars for as long as the block lasts."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield Bars(bars)
