@@ -106,10 +106,8 @@ def _keys(names: Iterable[str]) -> Iterator[_Key]:
 
 
 def _without_processor(match: re.Match[str]) -> str:
-    attention, role = match.groups()
-    if attention == "attn":  # a text encoder's self_attn
-        return f"attn.{role}_proj.lora."
-    return f"{attention}.to_{'out.0' if role == 'out' else role}.lora."
+    attention, role = match.groups()  # a text encoder's is self_attn, a UNet's attn1 or attn2
+    return f"attn.{role}_proj.lora." if attention == "attn" else f"{attention}.to_{role}.lora."
 
 
 def _part_and_name(spelled: str) -> tuple[str, str]:

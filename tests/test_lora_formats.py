@@ -18,6 +18,7 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -49,6 +50,10 @@ def kohya(stem: str = LINEAR, **more: Tensor) -> dict[str, Tensor]:
     return {f"{stem}.lora_down.weight": factors["down"], f"{stem}.lora_up.weight": factors["up"]} | {
         f"{stem}.{name}": value for name, value in more.items()
     }
+
+
+def named(shapes: Mapping[str, tuple[int, ...]], stem: str = LINEAR) -> dict[str, Tensor]:
+    return {f"{stem}.{name}": drawn(*shape) for name, shape in shapes.items()}
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Parsed:
@@ -190,8 +195,10 @@ def same_deltas(parsed: Parsed, model: nn.Module, prefix: str) -> int:
     base = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
     for name, change in wanted.items():
         update = parsed.modules[prefix + name.removeprefix("text_model.").replace(".", "_")]
-        found = deltas.delta(update, base[name].base_layer.weight)
+        weight = base[name].base_layer.weight
+        found = deltas.delta(update, weight)
         assert found is not None
+        assert update.magnitude is None or update.magnitude.shape == (len(weight), *[1] * (weight.ndim - 1))
         assert change.abs().max() > 0.01
         torch.testing.assert_close(found, change, atol=1e-5, rtol=1e-5)
     return len(wanted)
@@ -316,6 +323,28 @@ def test_every_spelling_of_a_module_is_known_with_and_without_alpha(spelling: tu
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
 
 
+def test_magnitudes_beside_attention_processors_belong_to_their_projections() -> None:
+    processor = f"unet.{ATTENTION}.attn1.processor.to_out"
+    factors = pair()
+    tensors = {f"{processor}_lora.down.weight": factors["down"], f"{processor}_lora.up.weight": factors["up"],
+               f"{processor}.lora_magnitude_vector": drawn(4)}  # fmt: skip
+    parsed = parse(tensors)
+    assert list(parsed.modules) == [OUT]
+    assert torch.equal(parsed.modules[OUT].magnitude, drawn(4)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"), [("to_q", 7.0), ("attn1.to_q", 7.0), (r"attn1\.to_q", 7.0), (f"^{Q}", 7.0), ("^to_q", 3.0), ("o_q", 3.0)]
+)
+def test_a_pattern_means_what_it_means_to_peft(pattern: str, wanted: float) -> None:
+    tensors = {f"unet.{Q}.lora_A.weight": drawn(2, 6), f"unet.{Q}.lora_B.weight": drawn(4, 2)}
+    config = {"unet.lora_alpha": 3, "unet.alpha_pattern": {pattern: 7}}
+    assert get_pattern_key([pattern], Q) == (pattern if wanted == 7 else Q)
+    change = parse(tensors, {"lora_adapter_metadata": json.dumps(config)}).modules[LINEAR].change
+    assert isinstance(change, LowRank)
+    assert change.alpha == wanted
+
+
 def test_one_file_may_mix_spellings_and_every_module_keeps_its_own_rank_and_alpha() -> None:
     tensors = {
         f"unet.{Q}.lora_A.weight": drawn(3, 6), f"unet.{Q}.lora_B.weight": drawn(4, 3), f"unet.{Q}.alpha": torch.tensor(1.5),
@@ -410,6 +439,9 @@ def test_keys_that_belong_to_nothing_are_listed_and_the_rest_is_read() -> None:
         (kohya() | {f"{LINEAR}.lora_up.weight": drawn(4, 2, 3, 3)}, "shapes that do not fit"),
         (kohya() | {f"{LINEAR}.lora_down.weight": drawn(0, 6), f"{LINEAR}.lora_up.weight": drawn(4, 0)}, "of rank or width 0"),
         (kohya() | {f"{LINEAR}.lora_up.weight": torch.ones(4, 2, dtype=torch.int8)}, "a lora_up of int8"),
+        (kohya(lora_mid=drawn(1)) | {f"{LINEAR}.lora_mid.weight": drawn(3, 2, 3, 3)}, "shapes that do not fit"),
+        (named({"hada_w1_a": (4, 3), "hada_w1_b": (2, 6), "hada_w2_a": (4, 3), "hada_w2_b": (2, 6)}), "shapes that do not fit"),
+        (named({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 3)}), "shapes that do not fit"),
         (kohya(alpha=torch.tensor(float("nan"))), "not one finite number"),
         (kohya(alpha=torch.tensor(float("inf"))), "not one finite number"),
         (kohya(alpha=drawn(2)), "not one finite number"),
@@ -423,8 +455,16 @@ def test_what_cannot_be_understood_is_refused_in_one_sentence(tensors: dict[str,
 
 
 def test_alpha_0_is_stated_and_is_no_error() -> None:
-    parsed = parse(kohya(alpha=torch.tensor(0.0)) | kohya(TEXT))
+    parsed = parse(kohya(alpha=torch.tensor(0.0)) | kohya(TEXT, alpha=torch.tensor(0.0), dora_scale=drawn(4, 1)))
     assert parsed.warnings == (f"x.safetensors: 1 of 2 modules have alpha 0 and change nothing, such as {LINEAR}.",)
+
+
+def test_alpha_of_a_direct_lokr_is_not_a_scale() -> None:
+    parsed = parse(named({"lokr_w1": (2, 2), "lokr_w2": (2, 3)}) | {f"{LINEAR}.alpha": torch.tensor(0.0)})
+    found = deltas.delta(parsed.modules[LINEAR], torch.zeros(4, 6))
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), np.kron(drawn(2, 2).numpy(), drawn(2, 3).numpy()), atol=1e-6)
+    assert parsed.warnings == ()
 
 
 # Damage
@@ -446,7 +486,7 @@ def every_form() -> dict[str, Tensor]:
         {"lokr_w1": (2, 2), "lokr_w2": (2, 3, 3, 3)},
         {"diff": (4, 6), "diff_b": (4,)},
     ]  # fmt: skip
-    tensors = {f"{stem(i)}.{name}": drawn(*shape) for i, form in enumerate(forms) for name, shape in form.items()}
+    tensors = {key: value for i, form in enumerate(forms) for key, value in named(form, stem(i)).items()}
     return tensors | {
         f"unet.{Q}.lora_A.weight": drawn(2, 6),
         f"unet.{Q}.lora_B.weight": drawn(4, 2),
