@@ -124,10 +124,22 @@ def delta(update: Update, weight: Tensor) -> Tensor | None:
     if update.change is None and update.magnitude is None:
         return None
     own = weight.float()
-    change = torch.zeros_like(own) if update.change is None else _product(update.change).reshape(weight.shape)
+    change = torch.zeros_like(own) if update.change is None else product(update.change, weight.shape)
     if update.magnitude is None:
         return change
     return with_magnitude(own + change, update.magnitude.float()) - own
+
+
+def product(change: LowRank | Hadamard | Kronecker | Full, shape: torch.Size) -> Tensor:
+    """ΔW of the factors alone, without a magnitude.
+
+    Args:
+        shape: the weight's own, [out, in, …].
+
+    Returns:
+        fp32.
+    """
+    return _product(change).reshape(shape)
 
 
 def with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:

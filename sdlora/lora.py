@@ -1,49 +1,36 @@
-"""The low-rank layer, and the verbs that put it into any PyTorch model: add, parameters, strength, fold.
+"""The LoRA layer, and the verbs that put it into any PyTorch model: add, attach, parameters, strength, fold.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): the trained weight W stays frozen, two small matrices are learned, and the
 layer answers h = W x + b + (alpha / r) · strength · B A x. The layer wraps the original module, which stays whole as `.base`;
 several named adapters can sit in one layer. Adapter weights are fp32 whatever the base's dtype: Adam's small steps vanish in bf16.
-Nothing here knows of diffusion; names of modules are all that selects them.
+Nothing here knows of diffusion; names of modules are all that selects them. What an adapter says is in `lora_adapters`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlora import deltas
+from sdlora.deltas import Update
 from sdlora.errors import UserError
-
-
-class Adapter(nn.Module):
-    """One low-rank update: `down` is A [r, in] (conv [r, in, k, k]), `up` is B [out, r] (conv [out, r, 1, 1])."""
-
-    def __init__(self, down: Tensor, up: Tensor, *, alpha: float) -> None:
-        super().__init__()
-        self.down = nn.Parameter(down.float())
-        self.up = nn.Parameter(up.float())
-        self.alpha = alpha
-        self.strength = 1.0
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of A."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """What B A x is multiplied by: (alpha / r) · strength."""
-        return self.alpha / self.rank * self.strength
+from sdlora.lora_adapters import PLAIN, Fixed, continued, fresh, is_transposed, oriented
+from sdlora.lora_adapters import Adapter as Adapter
+from sdlora.lora_adapters import Variant as Variant
+from sdlora.lora_adapters import base_weight as base_weight
+from sdlora.lora_adapters import export as export
 
 
 class LoRALayer(nn.Module):
-    """Wraps a linear or convolution: the base's answer plus that of each adapter.
+    """Wraps a module: the base's answer plus that of each adapter.
 
     Args:
-        base: an `nn.Linear`, an `nn.Conv2d` without groups, or transformers' `Conv1D` (a linear whose weight is stored transposed).
+        base: an `nn.Linear`, an `nn.Conv2d` without groups, or transformers' `Conv1D` (a linear whose weight is stored transposed);
+            for fixed updates also an `nn.LayerNorm` or `nn.GroupNorm`.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -51,52 +38,54 @@ class LoRALayer(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.pristine: Tensor | None = None  # the base's own weight while deltas are folded into it
+        self.pristine_bias: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """h = base(x) + Σ scale · B A x; not asked while folded, see `fold`."""
+        """h = base(x) + Σ what each adapter adds; not asked while folded, see `fold`."""
         answer: Tensor = self.base(x)
-        for adapter in self.each_adapter():
+        for adapter in self.voices():
             if adapter.strength != 0:
-                answer = answer + self._low_rank(adapter, x) * adapter.scale
+                answer = answer + adapter.answer(self.base, x)
         return answer
 
+    def voices(self) -> Iterator[Adapter | Fixed]:
+        """All adapters in the order in which they were added."""
+        return (self.voice(name) for name in self.adapters)
+
+    def voice(self, name: str) -> Adapter | Fixed:
+        """The adapter of this name."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, (Adapter, Fixed))
+        return adapter
+
     def each_adapter(self) -> Iterator[Adapter]:
-        """The adapters in the order in which they were added."""
-        for adapter in self.adapters.values():
-            assert isinstance(adapter, Adapter)
-            yield adapter
+        """Those that can be trained."""
+        return (adapter for adapter in self.voices() if isinstance(adapter, Adapter))
 
-    def _low_rank(self, adapter: Adapter, x: Tensor) -> Tensor:
-        """B A x in the dtype of x; gradients reach the fp32 weights through the cast."""
-        down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
-        if isinstance(self.base, nn.Conv2d):
-            conv = self.base
-            padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-            return F.conv2d(F.conv2d(x, down, None, conv.stride, padding, conv.dilation), up)
-        return F.linear(F.linear(x, down), up)
-
-    def delta(self, adapter: Adapter) -> Tensor:
-        """scale · B A in the base weight's own shape, fp32."""
-        product = adapter.up.flatten(1) @ adapter.down.flatten(1) * adapter.scale
-        weight = base_weight(self.base)
-        return product.T if _is_transposed(self.base) else product.reshape(weight.shape)
+    def delta(self, adapter: Adapter | Fixed) -> Tensor | None:
+        """strength · ΔW in the base weight's own shape, fp32; None if only the bias changes."""
+        weight = base_weight(self.base) if self.pristine is None else self.pristine
+        change = deltas.delta(export(adapter), oriented(self.base, weight))
+        return None if change is None else oriented(self.base, change) * adapter.strength
 
 
-def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a module that can be wrapped."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+@dataclass(frozen=True)
+class Override:
+    """Another rank or alpha for the modules whose names match a pattern (`*` and `?` as in file names); None leaves it as it is."""
 
-
-def _is_transposed(module: nn.Module) -> bool:
-    """transformers' `Conv1D` keeps its weight as [in, out]; known by name, so that this file needs no transformers."""
-    return type(module).__name__ == "Conv1D"
+    pattern: str
+    rank: int | None = None
+    alpha: float | None = None
 
 
 def can_wrap(module: nn.Module) -> bool:
-    """Whether a LoRA layer knows how to stand before this module."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1) or _is_transposed(module)
+    """Whether a low-rank update of this module can be trained."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1) or is_transposed(module)
+
+
+def can_attach(module: nn.Module) -> bool:
+    """Whether a fixed update can stand beside this module: what can be wrapped, and norms that have a weight."""
+    return can_wrap(module) or (isinstance(module, (nn.LayerNorm, nn.GroupNorm)) and module.weight is not None)
 
 
 def layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -104,14 +93,16 @@ def layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
-def places(model: nn.Module) -> list[str]:
-    """Names of all modules that carry or could carry a LoRA layer."""
+def places(model: nn.Module, *, norms: bool = False) -> list[str]:
+    """Names of all modules that carry or could carry a low-rank update, or with `norms` any update of a file."""
     inside = tuple(f"{name}." for name in layers(model))
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, LoRALayer) or can_wrap(module)) and not name.startswith(inside)
-    ]
+    suits = can_attach if norms else can_wrap
+    return [name for name, module in model.named_modules() if suits(_bare(module)) and not name.startswith(inside)]
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module itself, without a LoRA layer around it."""
+    return module.base if isinstance(module, LoRALayer) else module
 
 
 def matching(model: nn.Module, targets: Iterable[str]) -> list[str]:
@@ -143,13 +134,28 @@ def wrap(model: nn.Module, name: str) -> LoRALayer:
     return layer
 
 
-def add(
-    model: nn.Module, *, rank: int, alpha: float, targets: Iterable[str], generator: torch.Generator, adapter: str = "default"
-) -> list[str]:
-    """Freezes the model and adds a fresh adapter to each matching module: the model's answers do not change yet.
+def rank_and_alpha(name: str, *, rank: int, alpha: float, overrides: Sequence[Override] = ()) -> tuple[int, float]:
+    """The rank and the alpha of one module: of the overrides that match its name, the last that gives a value counts."""
+    for one in overrides:
+        if fnmatchcase(name, one.pattern):
+            rank = rank if one.rank is None else one.rank
+            alpha = alpha if one.alpha is None else one.alpha
+    return rank, alpha
 
-    A is drawn from N(0, (1/r)²) and B is zero: the LoRA paper, section 4.1, asks for a Gaussian A and a zero B; the deviation 1/r
-    is that of PEFT's `init_lora_weights="gaussian"`.
+
+def add(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Iterable[str],
+    generator: torch.Generator,
+    adapter: str = "default",
+    variant: Variant = PLAIN,
+    overrides: Sequence[Override] = (),
+    start_from: Mapping[str, Update] | None = None,
+) -> list[str]:
+    """Freezes the model and adds an adapter to each matching module: fresh ones do not change the model's answers yet.
 
     Args:
         rank: r, at least 1.
@@ -157,67 +163,135 @@ def add(
         targets: patterns for names of modules.
         generator: a CPU generator; modules draw from it in the order in which the model names them.
         adapter: a name, if more than one adapter is to sit in the model.
+        variant: how the adapters differ from plain LoRA. Dropouts speak while the model is in training mode.
+        overrides: other ranks and alphas for some modules.
+        start_from: low-rank updates by module name, in the place of fresh ones and with their own ranks and alphas.
 
     Returns:
         The names of the wrapped modules.
 
     Raises:
-        UserError: if a pattern matches nothing.
+        UserError: if a pattern matches nothing, or `start_from` names a module that is not to be trained or cannot be.
     """
     model.requires_grad_(False)
-    names = matching(model, targets)
+    names, start = matching(model, targets), start_from or {}
+    _refuse_idle(names, overrides, start)
     for name in names:
         layer = wrap(model, name)
-        weight = base_weight(layer.base)
-        out_in = weight.shape[::-1] if _is_transposed(layer.base) else weight.shape
-        down = torch.randn(rank, *out_in[1:], generator=generator) / rank
-        up = torch.zeros(out_in[0], rank, *[1] * (weight.ndim - 2))
-        layer.adapters[adapter] = Adapter(down, up, alpha=alpha).to(weight.device)
+        weight = oriented(layer.base, base_weight(layer.base))
+        if name in start:
+            one = continued(start[name], weight, name=name, variant=variant)
+        else:
+            own_rank, own_alpha = rank_and_alpha(name, rank=rank, alpha=alpha, overrides=overrides)
+            one = fresh(weight, name=name, rank=own_rank, alpha=own_alpha, variant=variant, generator=generator)
+        layer.adapters[adapter] = one.to(weight.device).train(layer.training)
     return names
 
 
+def _refuse_idle(names: list[str], overrides: Sequence[Override], start: Mapping[str, Update]) -> None:
+    """Nothing that a person asked for is left out silently."""
+    for one in overrides:
+        if not any(fnmatchcase(name, one.pattern) for name in names):
+            raise UserError(f"LoRA override '{one.pattern}' matches none of the {len(names)} modules to train, such as '{names[0]}'.")
+    if idle := sorted(set(start) - set(names)):
+        raise UserError(
+            f"{len(idle)} of the {len(start)} modules of the LoRA to go on from, such as '{idle[0]}', "
+            f"are not among the {len(names)} to train, such as '{names[0]}'; choose targets that hold them."
+        )
+
+
+def misfit(model: nn.Module, name: str, update: Update) -> str | None:
+    """Why an update cannot be attached to a module, in words that go on after its name; None if it fits."""
+    module = _bare(model.get_submodule(name))
+    if not can_attach(module):
+        return f"is for a module of type {type(module).__name__} in the base, and only linears, convolutions and norms can be changed"
+    assert module.bias is None or isinstance(module.bias, Tensor)
+    return deltas.misfit(update, oriented(module, base_weight(module)), bias=module.bias)
+
+
+def attach(model: nn.Module, name: str, update: Update, *, adapter: str) -> None:
+    """Puts an update of any form beside the module `name`, at strength 1; it is not trained.
+
+    Args:
+        adapter: the name by which its strength is set.
+
+    Raises:
+        UserError: if it does not fit, see `misfit`.
+    """
+    if reason := misfit(model, name, update):
+        raise UserError(f"LoRA module '{name}' {reason}.")
+    layer = wrap(model, name)
+    layer.adapters[adapter] = Fixed(update).to(base_weight(layer.base).device)
+
+
+def exports(model: nn.Module, adapter: str = "default") -> dict[str, Update]:
+    """What a file would hold of one adapter, by module name."""
+    return {name: export(one) for name, one in _named(model, adapter).items()}
+
+
 def parameters(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
-    """The trainable weights of one adapter, A and B of each layer in turn."""
-    found = [layer.adapters[adapter] for layer in layers(model).values() if adapter in layer.adapters]
-    return [weight for one in found for weight in one.parameters()]
+    """The trainable weights of one adapter: A, B and, with DoRA, m of each layer in turn."""
+    return [weight for one in _named(model, adapter).values() for weight in one.parameters()]
+
+
+def _named(model: nn.Module, adapter: str) -> dict[str, Adapter | Fixed]:
+    """One adapter's part in each layer that has it, by module name."""
+    return {name: layer.voice(adapter) for name, layer in layers(model).items() if adapter in layer.adapters}
 
 
 def set_strength(model: nn.Module, strength: float, adapter: str = "default") -> None:
     """Sets how strongly one adapter speaks: 0 gives the base's exact answer, 1 what was trained, negative values the opposite."""
+    for one in _named(model, adapter).values():
+        one.strength = strength
+
+
+def silence(model: nn.Module) -> None:
+    """Sets the strength of all adapters to 0."""
     for layer in layers(model).values():
-        if adapter in layer.adapters:
-            one = layer.adapters[adapter]
-            assert isinstance(one, Adapter)
-            one.strength = strength
+        for one in layer.voices():
+            one.strength = 0.0
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Adds all adapters into the weights, W + Σ scale · B A, so that answering costs what the base costs.
+    """Adds all adapters into the weights and biases, W + Σ strength · ΔW, so that answering costs what the base costs.
 
     The sum is formed in fp32 from the pristine weight and rounded once; folding again after a change of strength starts from the
     pristine weight too, so nothing drifts.
     """
     for layer in layers(model).values():
-        weight = base_weight(layer.base)
+        weight, bias = base_weight(layer.base), layer.base.bias
         if layer.pristine is None:
             layer.pristine = weight.detach().clone()
+            layer.pristine_bias = bias.detach().clone() if isinstance(bias, Tensor) else None
             layer.forward = layer.base.forward  # type: ignore[method-assign]  # no call more than the base's: 1.00 of its time, not 1.03
-        active = [adapter for adapter in layer.each_adapter() if adapter.strength != 0]
-        total = layer.pristine.float() if active else layer.pristine
-        for adapter in active:
-            total = total + layer.delta(adapter)
-        weight.copy_(total)
+        active = [one for one in layer.voices() if one.strength != 0]
+        _write_sum(weight, layer.pristine, (layer.delta(one) for one in active))
+        if isinstance(bias, Tensor) and layer.pristine_bias is not None:
+            shifts = ((export(one).bias, one.strength) for one in active)
+            _write_sum(bias, layer.pristine_bias, (shift.float() * strength for shift, strength in shifts if shift is not None))
+
+
+def _write_sum(goal: Tensor, pristine: Tensor, changes: Iterable[Tensor | None]) -> None:
+    """goal ← pristine + Σ changes, one change in memory at a time; the exact bytes if there is none."""
+    total = pristine
+    for change in changes:
+        if change is not None:
+            total = total.float() + change
+    goal.copy_(total)
 
 
 @torch.no_grad()
 def unfold(model: nn.Module) -> None:
     """Puts the base's exact bytes back; the adapters speak beside it again."""
     for layer in layers(model).values():
-        if layer.pristine is not None:
-            base_weight(layer.base).copy_(layer.pristine)
-            layer.pristine = None
-            del layer.forward
+        if layer.pristine is None:
+            continue
+        _write_sum(base_weight(layer.base), layer.pristine, ())
+        if isinstance(layer.base.bias, Tensor) and layer.pristine_bias is not None:
+            _write_sum(layer.base.bias, layer.pristine_bias, ())
+        layer.pristine = layer.pristine_bias = None
+        del layer.forward
 
 
 def remove(model: nn.Module) -> None:

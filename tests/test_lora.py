@@ -8,8 +8,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sdlora import lora
+from sdlora import deltas, lora
+from sdlora.deltas import Full, Hadamard, Kronecker, LowRank, Update
 from sdlora.errors import UserError
+from sdlora.lora import Override
 
 
 class Net(nn.Module):
@@ -136,6 +138,173 @@ def test_a_bf16_base_keeps_fp32_adapters() -> None:
 def test_a_pattern_without_match_is_an_error_that_shows_a_real_name() -> None:
     with pytest.raises(UserError, match=r"'attn\*' matches none of the 3 .* such as 'conv'"):
         lora.add(Net(), rank=2, alpha=1, targets=["to_*", "attn*"], generator=torch.Generator())
+
+
+class Mixed(nn.Module):
+    """Every kind of module that a file can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.group = nn.GroupNorm(2, 8)
+        self.layer = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 6)
+        self.turned = transformers.pytorch_utils.Conv1D(4, 6)
+        self.bare = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bare(self.turned(self.linear(self.layer(self.group(self.conv(x)).flatten(2).transpose(1, 2)))))
+
+
+def draw(*shape: int) -> Tensor:
+    return 0.5 * torch.randn(*shape)
+
+
+def updates_of_all_forms() -> dict[str, Update]:
+    return {
+        "conv": Update(LowRank(draw(2, 3, 1, 1), draw(8, 2, 1, 1), 1.0, draw(2, 2, 3, 3)), draw(1, 3, 1, 1).abs(), draw(8)),
+        "group": Update(Full(draw(8)), bias=draw(8)),
+        "layer": Update(Full(draw(8))),
+        "linear": Update(Hadamard(draw(6, 2), draw(2, 8), draw(6, 2), draw(2, 8), 1.0), draw(6, 1).abs()),
+        "turned": Update(Kronecker(draw(2, 3), draw(2, 2), 1.0), draw(1, 6).abs(), draw(4)),
+        "bare": Update(Full(draw(4, 4))),
+    }
+
+
+def mixed() -> tuple[Mixed, dict[str, Update]]:
+    torch.manual_seed(4)
+    return Mixed().requires_grad_(False), updates_of_all_forms()
+
+
+def test_updates_of_every_form_answer_as_weights_and_biases_with_their_deltas() -> None:
+    net, updates = mixed()
+    plain = Mixed()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        for name, update in updates.items():
+            module = plain.get_submodule(name)
+            weight = lora.base_weight(module)
+            view = weight.T if name == "turned" else weight
+            change = deltas.delta(update, view)
+            assert change is not None
+            view += 0.6 * change
+            if update.bias is not None:
+                module.bias += 0.6 * update.bias  # type: ignore[operator]
+    for name, update in updates.items():
+        lora.attach(net, name, update, adapter="file")
+    lora.set_strength(net, 0.6, "file")
+    torch.testing.assert_close(net(picture()), plain(picture()), atol=1e-5, rtol=1e-5)
+    lora.fold(net)
+    torch.testing.assert_close(net(picture()), plain(picture()), atol=1e-5, rtol=1e-5)
+    for name in updates:
+        weight = lora.base_weight(net.get_submodule(name).base)  # type: ignore[arg-type]
+        torch.testing.assert_close(weight, lora.base_weight(plain.get_submodule(name)), atol=1e-6, rtol=1e-6)
+    assert lora.exports(net, "file") == updates
+    assert lora.parameters(net, "file") == []
+
+
+def test_folding_and_unfolding_updates_of_every_form_returns_the_exact_bytes_of_weights_and_biases() -> None:
+    net, updates = mixed()
+    net.bfloat16()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for name, update in updates.items():
+        lora.attach(net, name, update, adapter="file")
+    for strength in (1.0, -2.0, 0.3):
+        lora.set_strength(net, strength, "file")
+        lora.fold(net)
+    lora.silence(net)
+    lora.fold(net)
+    lora.remove(net)
+    after = net.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_fixed_update_and_one_in_training_share_a_layer() -> None:
+    net, updates = mixed()
+    lora.attach(net, "linear", updates["linear"], adapter="file")
+    lora.attach(net, "group", updates["group"], adapter="file")
+    fixed = net(picture())
+    names = lora.add(net, rank=2, alpha=2, targets=["*"], generator=torch.Generator().manual_seed(0))
+    assert names == ["conv", "linear", "turned", "bare"]  # norms have no low rank
+    assert torch.equal(net(picture()), fixed)
+    net(picture()).square().sum().backward()
+    assert all(weight.grad is not None for weight in lora.parameters(net))
+    nn.init.normal_(lora.parameters(net)[3])
+    both = net(picture())
+    assert not torch.allclose(both, fixed)
+    lora.fold(net)
+    torch.testing.assert_close(net(picture()), both, atol=1e-5, rtol=1e-5)
+
+
+def test_places_with_norms_are_all_that_a_file_may_change() -> None:
+    net, updates = mixed()
+    assert lora.places(net) == ["conv", "linear", "turned", "bare"]
+    everything = ["conv", "group", "layer", "linear", "turned", "bare"]
+    assert lora.places(net, norms=True) == everything
+    for name, update in updates.items():
+        lora.attach(net, name, update, adapter="file")
+    assert lora.places(net) == ["conv", "linear", "turned", "bare"]
+    assert lora.places(net, norms=True) == everything
+
+
+def test_fixed_updates_follow_the_model_to_another_device_and_keep_their_precision_there() -> None:
+    net, updates = mixed()
+    lora.attach(net, "conv", deltas.mapped(updates["conv"], Tensor.half), adapter="file")
+    net.to("meta")
+    moved = deltas.tensors(lora.exports(net, "file")["conv"])
+    assert {(one.device.type, one.dtype) for one in moved} == {("meta", torch.float16)}
+    assert len(moved) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "words"),
+    [
+        ("linear", Update(Full(torch.zeros(6, 9))), r"LoRA module 'linear' is \[6, 9\] in the file and \[6, 8\] in the base\."),
+        ("turned", Update(Full(torch.zeros(6, 4))), r"LoRA module 'turned' is \[6, 4\] in the file and \[4, 6\] in the base\."),
+        ("bare", Update(None, bias=torch.zeros(4)), r"LoRA module 'bare' has a bias of \[4\] in the file and none in the base\."),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(name: str, update: Update, words: str) -> None:
+    net, _ = mixed()
+    with pytest.raises(UserError, match=words):
+        lora.attach(net, name, update, adapter="file")
+    assert lora.layers(net) == {}
+
+
+def test_embeddings_and_norms_without_weights_are_refused() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4, elementwise_affine=False))
+    assert lora.places(net, norms=True) == []
+    for name, kind in (("0", "Embedding"), ("1", "LayerNorm")):
+        assert kind in (lora.misfit(net, name, Update(Full(torch.zeros(4)))) or "")
+
+
+def test_of_the_overrides_that_match_the_last_counts_for_rank_and_alpha_apart() -> None:
+    overrides = [Override("to_*", rank=2), Override("*_q", alpha=5.0), Override("to_out", rank=1, alpha=3.0)]
+    found = {name: lora.rank_and_alpha(name, rank=4, alpha=8.0, overrides=overrides) for name in ("conv", "to_q", "to_out")}
+    assert found == {"conv": (4, 8.0), "to_q": (2, 5.0), "to_out": (1, 3.0)}
+    net = Net()
+    lora.add(net, rank=4, alpha=8, targets=["*"], generator=torch.Generator(), overrides=overrides)
+    adapters = {name: next(layer.each_adapter()) for name, layer in lora.layers(net).items()}
+    assert {name: (one.rank, one.alpha) for name, one in adapters.items()} == found
+
+
+def test_nothing_that_was_asked_for_is_left_out_silently() -> None:
+    with pytest.raises(UserError, match=r"LoRA override 'conv' matches none of the 2 modules to train, such as 'to_q'"):
+        lora.add(Net(), rank=4, alpha=8, targets=["to_*"], generator=torch.Generator(), overrides=[Override("conv", rank=1)])
+    start = {"conv": Update(LowRank(torch.zeros(1, 3, 3, 3), torch.zeros(8, 1, 1, 1), 1.0))}
+    with pytest.raises(UserError, match=r"1 of the 1 modules of the LoRA to go on from, such as 'conv', are not among the 2 to train"):
+        lora.add(Net(), rank=4, alpha=8, targets=["to_*"], generator=torch.Generator(), start_from=start)
+
+
+def test_only_modules_of_the_lora_to_go_on_from_begin_with_it() -> None:
+    start = {"to_q": Update(LowRank(torch.ones(2, 8), torch.ones(12, 2), 6.0))}
+    net = Net()
+    lora.add(net, rank=4, alpha=8, targets=["to_*"], generator=torch.Generator(), start_from=start, overrides=[Override("*", rank=3)])
+    written = {name: update.change for name, update in lora.exports(net).items()}
+    assert {name: (one.rank, one.alpha) for name, one in written.items() if isinstance(one, LowRank)} == {"to_q": (2, 6), "to_out": (3, 8)}
+    nn.init.zeros_(lora.parameters(net)[0])
+    assert start["to_q"].change.down.all()  # type: ignore[union-attr]
 
 
 def tiny_gpt2() -> nn.Module:
