@@ -36,9 +36,10 @@ def listing(name: str) -> list[str]:
         UserError: if the hub does not know it, does not let one in, or cannot be reached.
     """
     try:
-        return list(huggingface_hub.HfApi().list_repo_files(name))
+        found = huggingface_hub.HfApi().model_info(name).siblings or []  # one request; `list_repo_files` tries for 23 s when offline
     except Exception as problem:  # requests of every kind fail in their own ways
         raise _refusal(name, problem) from problem
+    return [one.rfilename for one in found]
 
 
 def fetch(name: str, files: Iterable[str]) -> Path:
