@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora import base_files, config, train
+from sdlora import base_files, config, events, train
 from sdlora.mini.tokens import build_tokenizer
 
 FAMILIES = Path(base_files.__file__).parent / "families"
@@ -97,9 +97,9 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
     began, steps, modules = time.monotonic(), [], 0
     folder = options.out / f"run-{options.family}-{time.time_ns()}"
     for event in train.train(config.parse(values, where="full_size_step"), folder):
-        if isinstance(event, train.Started):
+        if isinstance(event, events.Started):
             modules = event.modules
-        if isinstance(event, train.Step):
+        if isinstance(event, events.Step):
             steps.append(event.step_s)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

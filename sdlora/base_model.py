@@ -7,7 +7,7 @@ and in `text`: the trainer and the generator call `predict`, `encode` and `decod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdlora import lora, lora_names, noise
+from sdlora import files, lora, lora_names, noise
+from sdlora.deltas import Update
 from sdlora.errors import UserError
 
 ATTENTION = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
@@ -86,6 +87,11 @@ class Base:
         return device
 
     @property
+    def title(self) -> str:
+        """What it is, in words."""
+        return f"{TITLES[self.family]}, {self.prediction.removesuffix('_prediction')} prediction"
+
+    @property
     def dtype(self) -> torch.dtype:
         """The UNet's number format."""
         dtype: torch.dtype = self.unet.dtype
@@ -98,7 +104,7 @@ class Base:
 
     @property
     def grain_px(self) -> int:
-        """Both sides of a picture must be multiples of this."""
+        """The least side of a picture, and the step of sizes that no level of the UNet has to round."""
         return self.reduction * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
@@ -137,23 +143,48 @@ def targets(preset: str | list[str], *, part: str = "unet") -> tuple[str, ...]:
 
 
 def stems(base: Base) -> dict[str, tuple[str, str]]:
-    """Where each canonical stem of a LoRA file belongs: the part of the base and the module's name in it."""
+    """Where each canonical stem of a LoRA file belongs: the part of the base and the module's name in it, norms included."""
     places = {}
     for part, module in base.parts.items():
-        for name in lora.places(module):
-            if part == "unet" or "encoder.layers." in name:
-                places[lora_names.stem_of(part, name)] = (part, name)
+        for name in lora.places(module, norms=True):
+            places[lora_names.stem_of(part, name)] = (part, name)
     return places
+
+
+@dataclass(frozen=True)
+class LoRAFit:
+    """How a LoRA file sits in a base: where its modules belong, which have no place, which have another shape, and why it does not fit."""
+
+    places: dict[str, tuple[str, str]]
+    homeless: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    why_not: str | None
+
+
+def fit(base: Base, modules: Mapping[str, Update]) -> LoRAFit:
+    """Matches a LoRA's modules with those of a base, by name and shape.
+
+    Args:
+        modules: updates by canonical stem.
+    """
+    known = stems(base)
+    places = {stem: known[stem] for stem in modules if stem in known}
+    homeless = tuple(sorted(set(modules) - set(places)))
+    words = {stem: lora.misfit(base.parts[part], name, modules[stem]) for stem, (part, name) in places.items()}
+    misshapen = tuple(f"{stem} {why}" for stem, why in words.items() if why)
+    reasons = []
+    if homeless:
+        reasons.append(f"{len(homeless)} of its {len(modules)} modules are not in it (such as {homeless[0]})")
+    if misshapen:
+        reasons.append(f"{len(misshapen)} of its {len(modules)} modules have another shape (such as {misshapen[0]})")
+    why_not = f"{' and '.join(reasons)}; it was made for another family or another kind of model" if reasons else None
+    return LoRAFit(places, homeless, misshapen, why_not)
 
 
 def weights_hash(base: Base) -> str:
     """SHA-256 over the files that hold the UNet: says which base a LoRA was made for."""
-    digest = hashlib.sha256()
-    for path in base.weights:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    hashes = [files.sha256(path) for path in base.weights]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def predict(base: Base, noisy: Tensor, timesteps: Tensor, text: TextStates, sizes: Tensor | None = None) -> Tensor:
@@ -178,6 +209,19 @@ def uncropped(base: Base, noisy: Tensor) -> Tensor:
     """SDXL's size ids [B, 6] of pictures that were never larger than they are: (h, w, 0, 0, h, w) in px."""
     height, width = (side * base.reduction for side in noisy.shape[-2:])
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=noisy.device).repeat(len(noisy), 1)
+
+
+def send_away(base: Base, *, text: bool) -> None:
+    """Takes what training does not need off the GPU: the autoencoder and, if asked for, the text encoders; they come back when used."""
+    base.vae.to("cpu")
+    for encoder in base.text_encoders if text else ():
+        encoder.to("cpu")
+
+
+def set_training(base: Base, training: bool) -> None:
+    """Switches all parts between training, in which dropout speaks and checkpointing works, and drawing."""
+    for part in base.parts.values():
+        part.train(training)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
 
-BaseName = Annotated[str, typer.Option(help="mini, or a diffusers folder")]
+BaseName = Annotated[str, typer.Option(help="mini, a diffusers folder, a .safetensors checkpoint, or a hub name")]
+VAE = Annotated[str | None, typer.Option("--vae", help="another autoencoder: a folder or a .safetensors file")]
+Tokenizer = Annotated[str | None, typer.Option(help="folder with a tokenizer, for a checkpoint that brings none")]
+Family = Annotated[str, typer.Option(help="sd1, sd2 or sdxl, if the base is taken for something else")]
+Prediction = Annotated[str, typer.Option(help="epsilon, v_prediction or sample, likewise")]
+ClipSkip = Annotated[int | None, typer.Option(min=1, max=12, help="text layer counted from the last; 1 is the last")]
+Embeddings = Annotated[
+    list[str], typer.Option("--embedding", metavar="FILE[:WORD]", help="textual inversion; WORD calls it, else the file's name")
+]
 LoRANames = Annotated[list[str], typer.Option("--lora", metavar="FILE[:STRENGTH[:TEXT]]", help="LoRA file; strength -2 to 2")]
 Prompts = Annotated[list[str], typer.Option("--prompt", help="what to draw; can be given several times")]
 Negative = Annotated[str, typer.Option(help="what to keep out")]
@@ -86,6 +94,12 @@ def generate(
     guidance: Guidance = 4.0,
     sampler: Sampler = "DPM++ 2M",
     size: Size = None,
+    vae: VAE = None,
+    tokenizer: Tokenizer = None,
+    family: Family = "auto",
+    prediction: Prediction = "auto",
+    clip_skip: ClipSkip = None,
+    embedding: Embeddings = [],  # noqa: B006
     count: Annotated[int, typer.Option(min=1, help="pictures per prompt, with seeds counted up")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
 ) -> None:
@@ -95,7 +109,7 @@ def generate(
 
     loras = [_lora(one) for one in lora]
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
-    opened = _open_base(base)
+    opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     generator.set_loras(opened, loras)
     with progress() as bar:
         for request in requests:
@@ -119,6 +133,12 @@ def compare(
     guidance: Guidance = 4.0,
     sampler: Sampler = "DPM++ 2M",
     size: Size = None,
+    vae: VAE = None,
+    tokenizer: Tokenizer = None,
+    family: Family = "auto",
+    prediction: Prediction = "auto",
+    clip_skip: ClipSkip = None,
+    embedding: Embeddings = [],  # noqa: B006
 ) -> None:
     """Draws a sheet: prompts as rows, no LoRA and each LoRA at each strength as columns, same seed in all."""
     from sdlora import compare as sheets
@@ -131,7 +151,7 @@ def compare(
     paths = [_lora(one).path for one in lora]
     columns = sheets.columns(paths, [_number(one, "--strengths", -2, 2) for one in strengths.split(",")])
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
-    opened = _open_base(base)
+    opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     with progress() as bar:
         sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
     files.write(out, sheets.png_bytes(sheet))
@@ -214,11 +234,16 @@ def _request(words: str, negative: str, seed: int, steps: int, guidance: float, 
     return Request(words, negative, seed, steps, guidance, sampler, width, height)
 
 
-def _open_base(name: str) -> Base:
-    from sdlora import base_files, devices
+def _open_base(name: str, embeddings: list[str], **options: Any) -> Base:
+    """The base with its overrides, and the words that were loaded into it."""
+    from sdlora import base_files, devices, text_embeddings
 
     device = devices.best_device()
-    return base_files.load(name, device=device, dtype=devices.base_dtype(device))
+    base = base_files.load(name, device=device, dtype=devices.base_dtype(device), **options)
+    for one in embeddings:
+        found = re.fullmatch(r"(.+?\.safetensors)(?::(.+))?", one, re.IGNORECASE)
+        text_embeddings.load(base, Path(found[1] if found else one), word=found[2] if found else None)
+    return base
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -238,7 +263,7 @@ def _free_picture(folder: Path, seed: int) -> Path:
 
 def _train(run: Config, folder: Path) -> Path:
     """Runs the training with a progress bar; the first Ctrl-C saves and ends with exit code 130, a second ends at once."""
-    from sdlora import run_folder
+    from sdlora import events, run_folder
     from sdlora import train as story
 
     run_folder.check_free(folder)
@@ -246,19 +271,21 @@ def _train(run: Config, folder: Path) -> Path:
     with progress() as bar, _ctrl_c_asks_to_stop(folder):
         for event in story.train(run, folder):
             match event:
-                case story.Encoding(done, total):
+                case events.Encoding(done, total):
                     bar.show("encoding pictures", done, total)
-                case story.Started():
+                case events.Started():
                     bar.print(
-                        f"{event.pictures} pictures; LoRA of rank {run.lora.rank} in {event.modules} modules, "
+                        f"{event.base}; {event.pictures} pictures; LoRA of rank {run.lora.rank} in {event.modules} modules, "
                         f"{event.parameters:,} parameters; {event.steps} steps of {run.batch}"
                     )
-                case story.Step():
+                    for limit in event.limits:
+                        bar.print(f"Note: {limit}")
+                case events.Step():
                     bar.show("training", event.step, run.steps, f"loss {event.loss:.4f}")
-                case story.Stopped():
+                case events.Stopped():
                     bar.print(f"Stopped after step {event.step}; the LoRA so far is {event.path}")
                     raise typer.Exit(130)
-                case story.Done():
+                case events.Done():
                     return event.path
     raise AssertionError("training ended without a result")
 
@@ -281,13 +308,14 @@ def _ctrl_c_asks_to_stop(folder: Path) -> Iterator[None]:
 
 def _show_plan(run: Config) -> None:
     """The resolved config, and what it would train on; everything that can be checked without training is."""
-    from sdlora import base_files, base_model, train
+    from sdlora import base_files, base_model, material
     from sdlora import config as configs
 
-    samples = train.find_samples(run)
-    base_files.folder_of(run.base)
+    found = material.find_or_refuse(run)
+    what = base_files.identify(run.base)
     base_model.targets(run.lora.targets)
     print(configs.to_toml(run))
     visits = run.steps * run.batch * run.optimizer.accumulation
-    epoch = sum(sample.repeats for sample in samples)
-    print(f"# {len(samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    epoch = sum(sample.repeats for sample in found.samples)
+    print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    print(f"# base: {what.sentence}")

@@ -6,14 +6,17 @@ An unknown key or a wrong type is an error that names the nearest valid key: a m
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdlora.errors import UserError
+
+Resolution = Annotated[int, Field(ge=64, le=4096, multiple_of=8)]
 
 
 class _Table(BaseModel):
@@ -39,7 +42,9 @@ class LoRAConfig(_Table):
     text_targets: str | list[str] | None = Field(None, description="the same for the text encoders' modules; the preset of `targets`")
     rank_stabilised: bool = Field(False, description="scale by alpha / √rank (rsLoRA, Kalajdzievski 2023) instead of alpha / rank")
     dora: bool = Field(False, description="also learn each weight's magnitude (DoRA, Liu et al. 2024); diffusers cannot read it")
-    init: Literal["gaussian", "pissa"] = Field("gaussian", description="pissa starts at the weights' main directions; the file has 2 · rank")
+    init: Literal["gaussian", "pissa"] = Field(
+        "gaussian", description="pissa starts at the weights' main directions; the file has 2 · rank"
+    )
     rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the ranks left out, drawn for each batch")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="share of the modules left out, drawn for each batch")
     network_dropout: float = Field(0.0, ge=0, lt=1, description="share of the numbers between A and B set to 0")
@@ -75,8 +80,48 @@ class OutputConfig(_Table):
 class FolderConfig(_Table):
     """One folder of pictures with captions."""
 
-    folder: Path = Field(strict=False, description="pictures, each with a .txt of the same name beside it")
+    folder: Path = Field(strict=False, description="pictures with captions, in any of the usual layouts")
     repeats: int = Field(1, ge=1, description="how often each picture is seen per epoch")
+    trigger: str | None = Field(None, description="another trigger word for this folder")
+    caption: str | None = Field(None, description="for pictures that have no caption of their own")
+    captions_from_names: bool = Field(False, description="file names as captions where there is no other")
+    caption_lines: Literal["joined", "alternatives"] = Field("joined", description="lines of a caption file: one text, or one per visit")
+    masks: Path | None = Field(None, strict=False, description="folder of same-named greyscale pictures; white is learned")
+    alpha_masks: bool = Field(False, description="the pictures' own transparency as masks")
+    weight: float = Field(1.0, gt=0, description="of the loss; for regularisation pictures often less than 1")
+    regularisation: bool = Field(False, description="pictures of the class without the subject: no trigger word is put into their captions")
+
+
+class CaptionConfig(_Table):
+    """What is changed in captions at each visit."""
+
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of captions left empty, so that guidance keeps working")
+    shuffle: bool = Field(False, description="tags in a new order at each visit")
+    keep_first: int = Field(0, ge=0, description="tags at the beginning that stay there")
+    tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the other tags left out")
+    wildcards: bool = Field(False, description="{a|b} in captions means one of them at each visit")
+    prefix: str = Field("", description="put before each caption")
+    suffix: str = Field("", description="put after each caption")
+
+
+class SizeConfig(_Table):
+    """At which sizes pictures are trained, and which part of them."""
+
+    step_px: int | None = Field(None, ge=8, multiple_of=8, description="sides of training sizes are multiples; 64, or the base's own")
+    most_aspect: float = Field(2.0, ge=1, le=8, description="the longest training size is this many times as long as wide; 1 for squares")
+    most_shapes: int | None = Field(None, ge=1, description="cap on the number of training sizes per resolution")
+    upscale: bool = Field(True, description="enlarge pictures that are smaller than their training size")
+    crop: Literal["centre", "top", "random"] = Field("centre", description="which part is kept; top keeps faces of portraits")
+    crops: int = Field(4, ge=1, le=64, description="random crops per picture")
+    flip: bool = Field(False, description="also learn the mirrored pictures; not for faces or lettering")
+    background: tuple[int, int, int] = Field((255, 255, 255), strict=False, description="RGB that transparent pictures are laid on")
+
+
+class ValidationConfig(_Table):
+    """Pictures that are never trained on."""
+
+    share: float = Field(0.0, ge=0, lt=1, description="share of the pictures held out, at least one")
+    folder: Path | None = Field(None, strict=False, description="a folder of its own instead")
 
 
 class Config(_Table):
@@ -96,13 +141,23 @@ class Config(_Table):
     steps: int = Field(600, ge=1, description="optimizer steps")
     batch: int = Field(4, ge=1, description="pictures per batch")
     seed: int = Field(0, ge=0, lt=2**31, description="all chance comes from it")
-    resolution_px: int | None = Field(None, ge=64, multiple_of=8, description="side of the training square; the base's own if not given")
-    caption_dropout: float = Field(0.05, ge=0, lt=1, description="share of captions left empty, so that guidance keeps working")
+    resolution_px: Resolution | list[Resolution] | None = Field(
+        None, description="side of the square of the training sizes' area; one or several"
+    )
+    cache: Literal["disk", "memory"] = Field("disk", description="keep encoded pictures and captions for the next run, or not")
     min_snr_gamma: float = Field(5.0, ge=0, description="limit of the loss weight (Hang et al. 2023); 0 for none")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     sample_every: int = Field(200, ge=0, description="steps between sample pictures, the base's own at step 0; 0 for none")
     sample_prompts: list[str] = Field([], description="prompts of the samples; two of the captions if empty")
+    regularisation: Literal["none", "auto", "prediction"] = Field(
+        "none", description="auto: the base draws class pictures from your captions; prediction: holds the base's own answer"
+    )
+    class_word: str = Field("", description="what the subject is, such as dog; stands for the trigger word in regularisation")
+    regularisation_weight: float = Field(1.0, gt=0, description="of the regularisation's loss")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    captions: CaptionConfig = CaptionConfig()
+    sizes: SizeConfig = SizeConfig()
+    validation: ValidationConfig = ValidationConfig()
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     output: OutputConfig = OutputConfig()
@@ -144,6 +199,8 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
         run = Config.model_validate(values)
     except ValidationError as problem:
         raise UserError(f"{where}: {_sentence(problem)}") from None
+    if run.regularisation != "none" and not run.class_word:
+        raise UserError(f'{where}: regularisation needs class_word, what the subject is, such as "dog" or "person".')
     if run.lora.text_encoder is None:
         # a style is how things look, which the UNet alone learns; a character's name must also be heard by the text encoder
         run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_encoder": run.kind == "character"})})
@@ -183,7 +240,8 @@ def _apply(values: dict[str, Any], change: str) -> None:
 def _sentence(problem: ValidationError) -> str:
     """The first mistake in words: where, what was found, what is allowed."""
     error = problem.errors()[0]
-    name = ".".join(str(part) for part in error["loc"])
+    kinds = re.compile(r"int|str|list\[.*|constrained-.*")  # pydantic names the branch of a union after the key
+    name = ".".join(str(part) for part in error["loc"] if not kinds.fullmatch(str(part)) or isinstance(part, int))
     if error["type"] == "extra_forbidden":
         valid = _keys_beside(error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0)
@@ -197,6 +255,7 @@ def _sentence(problem: ValidationError) -> str:
 def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
     tables: dict[str, type[BaseModel]] = {
         "lora": LoRAConfig, "optimizer": OptimizerConfig, "data": FolderConfig, "output": OutputConfig, "overrides": OverrideConfig,
+        "captions": CaptionConfig, "sizes": SizeConfig, "validation": ValidationConfig,
     }  # fmt: skip
     inner = [str(part) for part in place[:-1] if isinstance(part, str)]
     return list(tables[inner[-1]].model_fields if inner and inner[-1] in tables else Config.model_fields)

@@ -23,10 +23,12 @@ def mixed_precision(dtype: torch.dtype) -> str:
     return {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def generator(*key: int) -> torch.Generator:
-    """A CPU generator for a key such as (seed, step): numbers drawn there are the same on every device.
+def key(*parts: int) -> int:
+    """One number for a key such as (seed, step), mixed by numpy's `SeedSequence`, so that (0, 1) and (1, 0) have nothing in common."""
+    mixed = np.random.SeedSequence(parts).generate_state(2, np.uint32)
+    return int(mixed[0]) << 31 | int(mixed[1]) >> 1
 
-    The key's parts are mixed by numpy's `SeedSequence`, so that (0, 1) and (1, 0) share no stream.
-    """
-    mixed = np.random.SeedSequence(key).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(mixed[0]) << 31 | int(mixed[1]) >> 1)
+
+def generator(*parts: int) -> torch.Generator:
+    """A CPU generator for a key such as (seed, step): numbers drawn there are the same on every device."""
+    return torch.Generator().manual_seed(key(*parts))

@@ -1,7 +1,8 @@
-"""Writing files whole or not at all: nothing that a crash or a full disk interrupts is ever taken for a finished file."""
+"""Files, written whole or not at all: nothing that a crash or a full disk interrupts is ever taken for a finished file."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,3 +28,16 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(
             f"{path} could not be written ({problem.strerror}); what stood there before is untouched. Free space or choose another folder."
         ) from problem
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}); look whether it is still there.") from problem

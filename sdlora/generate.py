@@ -98,24 +98,12 @@ def load_lora(base: Base, one: LoRA) -> None:
 def _attach(base: Base, path: Path, name: str) -> None:
     """Adapters for every module of the file; nothing is attached unless all fit."""
     file = lora_file.read(path)
-    places = base_model.stems(base)
-    unknown = sorted(set(file.modules) - set(places))
-    if unknown:
-        raise UserError(
-            f"{path} does not fit base '{base.name}': {len(unknown)} of its {len(file.modules)} modules are not in it "
-            f"(such as {unknown[0]}); it was trained for another family."
-        )
-    for stem, module in file.modules.items():
-        part, module_name = places[stem]
-        found_there = base.parts[part].get_submodule(module_name)
-        weight = lora.base_weight(found_there.base if isinstance(found_there, lora.LoRALayer) else found_there)
-        wanted, found = tuple(weight.shape[:2]), (module.up.shape[0], module.down.shape[1])
-        if wanted != found:
-            raise UserError(f"{path} does not fit base '{base.name}': {stem} is {found} in the file and {wanted} in the base.")
-    for stem, module in file.modules.items():
-        part, module_name = places[stem]
-        layer = lora.wrap(base.parts[part], module_name)
-        layer.adapters[name] = lora.Adapter(module.down, module.up, alpha=module.alpha).to(base.device).requires_grad_(False)
+    fits = base_model.fit(base, file.modules)
+    if fits.why_not:
+        raise UserError(f"{path} does not fit base '{base.name}': {fits.why_not}.")
+    for stem, update in file.modules.items():
+        part, module_name = fits.places[stem]
+        lora.attach(base.parts[part], module_name, update, adapter=name)
 
 
 def set_loras(base: Base, loras: list[LoRA]) -> None:
@@ -126,9 +114,7 @@ def set_loras(base: Base, loras: list[LoRA]) -> None:
     """
     for part in base.parts.values():
         lora.unfold(part)
-        for layer in lora.layers(part).values():
-            for adapter in layer.each_adapter():
-                adapter.strength = 0.0
+        lora.silence(part)
     for one in loras:
         load_lora(base, one)
     for part in base.parts.values():
@@ -169,9 +155,11 @@ def picture(base: Base, request: Request) -> Iterator[int | Image.Image]:
         UserError: if the size is not a multiple of the base's reduction, or the sampler is unknown.
     """
     width, height = request.width_px or base.resolution_px, request.height_px or base.resolution_px
-    if width % base.grain_px or height % base.grain_px or min(width, height) < base.grain_px:
+    grain = base.reduction
+    if width % grain or height % grain or min(width, height) < base.grain_px:
         raise UserError(
-            f"Size {width}x{height} cannot be drawn with base '{base.name}'; both sides must be multiples of {base.grain_px} px."
+            f"Size {width}x{height} cannot be drawn with base '{base.name}'; both sides must be multiples of {grain} px, "
+            f"at least {base.grain_px}."
         )
     shape = (1, 4, height // base.reduction, width // base.reduction)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(base.device)

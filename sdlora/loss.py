@@ -31,6 +31,15 @@ def min_snr_weight(ratio: Tensor, *, gamma: float, prediction: str) -> Tensor:
     return limited if prediction == "sample" else limited / (ratio + 1)
 
 
-def squared_error(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of each sample [B], formed in fp32."""
-    return F.mse_loss(predicted.float(), wanted.float(), reduction="none").flatten(1).mean(1)
+def squared_error(predicted: Tensor, wanted: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample [B], formed in fp32; with a mask m, Σ m · e² / Σ m, so that a small mask weighs no less.
+
+    Args:
+        predicted, wanted: [B, C, h, w].
+        mask: where the error counts [B, 1, h, w], 0 to 1.
+    """
+    error = F.mse_loss(predicted.float(), wanted.float(), reduction="none")
+    if mask is None:
+        return error.flatten(1).mean(1)
+    area = mask.expand_as(error).flatten(1).sum(1)
+    return (error * mask).flatten(1).sum(1) / area.clamp(min=1e-6)  # an empty mask has no error to divide

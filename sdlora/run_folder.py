@@ -79,6 +79,12 @@ def sample_path(folder: Path, step: int, number: int) -> Path:
     return folder / "samples" / f"{step:06d}-{number}.png"
 
 
+def newest_sample(folder: Path) -> Path | None:
+    """The first picture of the newest samples, if any were drawn."""
+    pictures = sorted((folder / "samples").glob("*-0.png"))
+    return pictures[-1] if pictures else None
+
+
 def checkpoint_path(folder: Path, name: str, step: int) -> Path:
     """Where the LoRA of a step lies."""
     return folder / "checkpoints" / f"{name}-{step:06d}.safetensors"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,278 +17,285 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora import (
+    adapters,
     base_files,
     base_model,
-    captions,
-    dataset,
+    buckets,
+    cache,
     devices,
     files,
     generate,
     latents,
     lora,
-    lora_file,
     loss,
     noise,
     optimizer,
+    regularisation,
+    result,
     run_folder,
     text,
-)  # fmt: skip
+)
+from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
 from sdlora.dataset import Sample
 from sdlora.errors import UserError
+from sdlora.events import Done, Drawing, Encoding, Event, Sampled, Saved, Started, Step, Stopped
 from sdlora.latents import Latents
+from sdlora.material import Material
 from sdlora.text import Tokens
 
-
-@dataclass(frozen=True)
-class Encoding:
-    """A picture was encoded."""
-
-    done: int
-    total: int
+MOST_STATES = 4096  # texts that are encoded ahead; a run that hears more keeps its text encoder and encodes each batch
 
 
 @dataclass(frozen=True)
-class Started:
-    """Everything is in memory and the first step is next."""
+class Speech:
+    """All that a run will hear: the row of each text, its tokens, and its states unless a text encoder is trained."""
 
-    pictures: int
-    modules: int
-    parameters: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step was taken."""
-
-    step: int
-    loss: float
-    rate: float
-    step_s: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint, or at the end the LoRA file, was written."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Pictures were drawn with what is learned so far; those of step 0 are the base's."""
-
-    step: int
-    paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """Somebody asked the run to end: a checkpoint of this step was saved."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Done:
-    """The run is over."""
-
-    path: Path
-    elapsed_s: float
-
-
-Event = Encoding | Started | Step | Saved | Sampled | Stopped | Done
+    rows: dict[str, int]
+    tokens: Tokens
+    states: TextStates | None
+    base_states: TextStates | None = None  # by the encoders as they came, for prior prediction
 
 
 def train(run: Config, folder: Path) -> Iterator[Event]:
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
     Yields:
-        Encoding per picture, Started, then Step, Saved and Sampled as they happen, and Done, or Stopped if asked to end.
+        Encoding per view of a picture, Started, then Step, Saved and Sampled as they happen, and Done, or Stopped if asked to end.
 
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
     began = time.monotonic()
     run_folder.check_free(folder)
-    samples = find_samples(run)
+    found = materials.find_or_refuse(run)
     device = devices.best_device()
     dtype = devices.base_dtype(device)
     accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
-    base = base_files.load(run.base, device=device, dtype=dtype)
+    base = open_base(run, device=device, dtype=dtype)
+    data = materials.material(run, found.samples, grain_px=base.grain_px, resolution_px=base.resolution_px)
+    kept = cache.default_folder() if run.cache == "disk" else None
+    if run.regularisation == "auto":
+        asked = class_requests(run, data)
+        drawn = []
+        for path in regularisation.drawn(base, asked, (kept or folder) / cache.DRAWN):
+            drawn.append(path)
+            yield Drawing(len(drawn), len(asked))
+        extra = [Sample(path, (request.prompt,), source=len(run.data)) for path, request in zip(drawn, asked, strict=True)]
+        data = materials.material(run, (*found.samples, *extra), grain_px=base.grain_px, resolution_px=base.resolution_px)
 
-    encoded = []
-    side_px = run.resolution_px or base.resolution_px
-    for pair in latents.encode(base, [sample.picture for sample in samples], side_px=side_px):
-        encoded.append(pair)
-        yield Encoding(len(encoded), len(samples))
-    store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
-    base.vae.to("cpu")  # it comes back for samples
+    seen: list[list[Latents]] = [[] for _ in data.items]
+    owners = [i for i, item in enumerate(data.items) for _ in item.views]
+    views = [view for item in data.items for view in item.views]
+    encoded = cache.latents(base, views, folder=kept, background=run.sizes.background)
+    for done, (owner, one) in enumerate(zip(owners, encoded, strict=True), start=1):
+        seen[owner].append(one.to(device))
+        yield Encoding(done, len(views))
 
-    names = add_lora(base, run)
-    weights = {part: lora.parameters(module) for part, module in base.parts.items()}
-    every = [weight for part in weights.values() for weight in part]
-    rates = {"unet": run.optimizer.learning_rate, "text_encoder": run.optimizer.text_encoder_learning_rate}
-    groups = [(weights[part], rates.get(part, run.optimizer.text_encoder_learning_rate)) for part in weights]
-    adamw = accelerator.prepare_optimizer(optimizer.adamw(groups, weight_decay=run.optimizer.weight_decay), device_placement=False)
+    added = adapters.add_lora(base, run)
+    speech = listen(base, run, data, trains_text=any(part != "unet" for part in added), folder=kept)
+    base_model.send_away(base, text=speech.states is not None)
+    trainable = adapters.parameters(base)
+    adamw = optimizer.adamw(adapters.groups(base, run), weight_decay=run.optimizer.weight_decay)
+    adamw = accelerator.prepare_optimizer(adamw, device_placement=False)
+    base_model.set_training(base, True)
 
-    spoken = text.tokens(base, [sample.caption for sample in samples] + [""])
-    states = None if any(weights[part] for part in weights if part != "unet") else encode_once(base, spoken)
-    alphas = base.alphas
     run_folder.create(folder, run)
-    started = Started(len(samples), len(names), sum(weight.numel() for weight in every), run.steps)
+    started = Started(
+        len(found.samples), sum(map(len, added.values())), sum(weight.numel() for weight in trainable), run.steps, base.title,
+        tuple(adapters.limits(base, run)),
+    )  # fmt: skip
     run_folder.log(folder, event="started", **asdict(started))
     yield started
     if run.sample_every:
-        yield draw_samples(base, run, folder, samples, step=0)
+        yield draw_samples(base, run, folder, data, step=0, keep_text=speech.states is None)
 
+    alphas = base.alphas
     for step in range(1, run.steps + 1):
         step_began = time.monotonic()
         factor = optimizer.rate_factor(step - 1, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
         optimizer.set_rates(adamw, factor)
-        total, seen = torch.zeros((), device=device), set()
+        total, pictures = torch.zeros((), device=device), set()
         for part in range(run.optimizer.accumulation):
             batch_index = (step - 1) * run.optimizer.accumulation + part
-            chosen = dataset.batch_at(samples, seed=run.seed, batch_index=batch_index, batch=run.batch)
-            rows = [len(samples) if _drops(run, batch_index, place) else i for place, i in enumerate(chosen)]
-            context = states[rows] if states is not None else text.encode(base, spoken[rows])
-            batch_loss = loss_of_batch(base, store, chosen, context, alphas, run=run, batch_index=batch_index)
+            torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
+            batch = gather(run, data, seen, speech, base, batch_index=batch_index)
+            batch_loss = loss_of_batch(base, batch, alphas, run=run, batch_index=batch_index)
             accelerator.backward(batch_loss / run.optimizer.accumulation)
             total += batch_loss.detach() / run.optimizer.accumulation
-            seen |= set(chosen)
-        norm = accelerator.clip_grad_norm_(every, run.optimizer.clip_norm or math.inf)
+            pictures |= set(batch.pictures)
+        norm = accelerator.clip_grad_norm_(trainable, run.optimizer.clip_norm or math.inf)
         value, length = torch.stack([total, norm]).tolist()
         if not math.isfinite(value) or not (math.isfinite(length) or accelerator.scaler):  # fp16's scaler leaves such steps out itself
-            raise UserError(_not_finite(step, [samples[i] for i in sorted(seen)]))
+            raise UserError(_not_finite(step, pictures))
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        done = Step(step, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
-        run_folder.log(folder, event="step", **asdict(done))
-        yield done
+        taken = Step(step, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
+        run_folder.log(folder, event="step", **asdict(taken))
+        yield taken
 
         last, stopping = step == run.steps, run_folder.is_asked_to_stop(folder)
         if not last and (stopping or step % run.save_every == 0):
-            yield save(base, run, run_folder.checkpoint_path(folder, run.name, step), step)
+            yield Saved(step, result.save(base, run, run_folder.checkpoint_path(folder, run.name, step), step=step, data=data))
         if not last and stopping:
             run_folder.log(folder, event="stopped", step=step)
             run_folder.forget_stop(folder)
             yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
             return
         if run.sample_every and (last or step % run.sample_every == 0):
-            yield draw_samples(base, run, folder, samples, step=step)
+            yield draw_samples(base, run, folder, data, step=step, keep_text=speech.states is None)
 
-    saved = save(base, run, run_folder.result_path(folder, run.name), run.steps)
-    run_folder.log(folder, event="done", path=saved.path.name)
-    yield saved
-    yield Done(saved.path, time.monotonic() - began)
+    path = result.save(base, run, run_folder.result_path(folder, run.name), step=run.steps, data=data)
+    if run.output.sidecars:
+        result.write_sidecars(base, run, path, preview=run_folder.newest_sample(folder))
+    run_folder.log(folder, event="done", path=path.name)
+    yield Saved(run.steps, path)
+    yield Done(path, time.monotonic() - began)
 
 
-def find_samples(run: Config) -> list[Sample]:
-    """All pictures of a run with their captions.
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is fed: views of one size with their texts, SDXL's sizes [B, 6], weights [B], and the pictures' names.
 
-    Raises:
-        UserError: as `dataset.scan` does.
+    For prior prediction also the texts with the class word: as the trained encoders say them, and as the base's own did.
     """
-    return [one for part in run.data for one in dataset.scan(part.folder, trigger=run.trigger, repeats=part.repeats)]
+
+    seen: tuple[Latents, ...]
+    text: TextStates
+    sizes: Tensor
+    weights: Tensor
+    pictures: tuple[str, ...]
+    prior: tuple[TextStates, TextStates] | None = None
 
 
-def loss_of_batch(
-    base: Base, store: Latents, chosen: list[int], context: TextStates, alphas: Tensor, *, run: Config, batch_index: int
-) -> Tensor:
+def gather(run: Config, data: Material, seen: Sequence[Sequence[Latents]], speech: Speech, base: Base, *, batch_index: int) -> Batch:
+    """The batch of an index, counted from the run's first: which pictures, which view of each, what is said of it."""
+    epoch, visits = materials.batch_at(data, batch=run.batch, seed=run.seed, batch_index=batch_index)
+    items = [data.items[visit.sample] for visit in visits]
+    which = [materials.view_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
+    views = [item.views[i] for item, i in zip(items, which, strict=True)]
+    said = [materials.caption_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
+    sources = [data.samples[item.sample].source for item in items]
+    class_rows = [speech.rows[class_caption(run, words)] for words in said] if speech.base_states is not None else []
+    return Batch(
+        seen=tuple(seen[visit.sample][i] for visit, i in zip(visits, which, strict=True)),
+        text=spoken(base, speech, [speech.rows[words] for words in said]),
+        sizes=torch.tensor([buckets.time_ids(view.original_px, view.fit, flipped=view.flipped) for view in views], dtype=torch.float32),
+        weights=torch.tensor([data.weights[source] for source in sources]).to(base.device),
+        pictures=tuple(view.picture.name for view in views),
+        prior=(spoken(base, speech, class_rows), speech.base_states[class_rows]) if speech.base_states is not None else None,
+    )
+
+
+def spoken(base: Base, speech: Speech, rows: Sequence[int]) -> TextStates:
+    """The text states of some rows: kept, or made by the encoders as they are now."""
+    return speech.states[rows] if speech.states is not None else text.encode(base, speech.tokens[rows])
+
+
+def class_requests(run: Config, data: Material) -> list[generate.Request]:
+    """One picture of the class for each of the user's, of the same size and from the same caption."""
+    own = [item for item in data.items if not run.data[data.samples[item.sample].source].regularisation]
+    captions = [class_caption(run, materials.plain_caption(data, data.samples[item.sample])) for item in own]
+    return [
+        regularisation.request(words, seed=run.seed + i, size_px=item.shape_px)
+        for i, (words, item) in enumerate(zip(captions, own, strict=True))
+    ]
+
+
+def class_caption(run: Config, caption: str) -> str:
+    """A caption with the class word for the trigger word."""
+    return regularisation.class_caption(caption, trigger=run.trigger, class_word=run.class_word)
+
+
+def loss_of_batch(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batch_index: int) -> Tensor:
     """From pictures to a loss: draw latents, add noise, let the UNet predict, compare.
 
     Args:
-        chosen: indices of the pictures [B].
-        context: their text states.
         alphas: ᾱ [T].
     """
     generator = devices.generator(run.seed, batch_index)
-    clean = store.draw(chosen, generator=generator)
+    clean = latents.draw(batch.seen, generator=generator)
     drawn = torch.randn(clean.shape, generator=generator).to(clean.device)
-    timesteps = noise.stratified_timesteps(len(chosen), count=len(alphas), generator=generator).to(clean.device)
+    timesteps = noise.stratified_timesteps(len(clean), count=len(alphas), generator=generator).to(clean.device)
     noisy = noise.add_noise(clean, drawn, alphas, timesteps)
     wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)
-    predicted = base_model.predict(base, noisy, timesteps, context)
+    predicted = base_model.predict(base, noisy, timesteps, batch.text, batch.sizes)
     weight = loss.min_snr_weight(loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
-    return (loss.squared_error(predicted, wanted) * weight).mean()
+    error = loss.squared_error(predicted, wanted, mask=latents.masks(batch.seen))
+    own = (error * weight * batch.weights).mean()
+    return own + run.regularisation_weight * prior_loss(base, batch, noisy, timesteps) if batch.prior else own
 
 
-def add_lora(base: Base, run: Config) -> list[str]:
-    """Puts fresh adapters into the UNet and, if asked for, the text encoder; returns the wrapped modules' names."""
-    generator = devices.generator(run.seed, 2**31)
-    names = []
-    for part, module in base.parts.items():
-        if part != "unet" and not run.lora.text_encoder:
-            continue
-        wanted = run.lora.targets if part == "unet" else run.lora.text_targets
-        assert wanted is not None  # `config.parse` says which
-        targets = base_model.targets(wanted, part=part)
-        names += lora.add(module, rank=run.lora.rank, alpha=run.lora.alpha, targets=targets, generator=generator)
-    return names
+def prior_loss(base: Base, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """How far the LoRA moves the base's answer to the captions with the class word (DreamBooth's prior term without pictures)."""
+    assert batch.prior is not None
+    trained, untouched = batch.prior
+    with torch.no_grad():
+        lora.set_strength(base.unet, 0.0)
+        wanted = base_model.predict(base, noisy, timesteps, untouched, batch.sizes)
+        lora.set_strength(base.unet, 1.0)
+    return loss.squared_error(base_model.predict(base, noisy, timesteps, trained, batch.sizes), wanted).mean()
+
+
+def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
+    """The run's base, with what the config overrides.
+
+    Raises:
+        UserError: as `base_files.load`.
+    """
+    base = base_files.load(
+        run.base, device=device, dtype=dtype, vae=run.vae, tokenizer=run.tokenizer, family=run.family, prediction=run.prediction,
+        clip_skip=run.clip_skip,
+    )  # fmt: skip
+    if run.zero_terminal_snr is not None:
+        base.schedule = base.schedule | {"rescale_betas_zero_snr": run.zero_terminal_snr}
+    if run.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    return base
 
 
 @torch.no_grad()
-def encode_once(base: Base, spoken: Tokens) -> TextStates:
-    """Text states of all captions, for text encoders that do not change."""
-    return base_model.joined([text.encode(base, spoken[[row]]) for row in range(len(spoken.ids[0]))])
+def listen(base: Base, run: Config, data: Material, *, trains_text: bool, folder: Path | None) -> Speech:
+    """Tokens of all that the run will hear, and the states unless they change while it trains."""
+    heard = materials.everything_said(data, batch=run.batch, batches=run.steps * run.optimizer.accumulation, seed=run.seed)
+    prior = run.regularisation == "prediction"
+    heard += sorted({class_caption(run, words) for words in heard} - set(heard)) if prior else []
+    tokens = text.tokens(base, heard)
+    ahead = not trains_text and len(heard) <= MOST_STATES
+    states = cache.text_states(base, tokens, folder=folder) if ahead else None
+    return Speech({words: row for row, words in enumerate(heard)}, tokens, states, untouched(base, tokens, folder) if prior else None)
 
 
-def draw_samples(base: Base, run: Config, folder: Path, samples: list[Sample], *, step: int) -> Sampled:
+def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:
+    """Text states as the base's own encoders say them, the LoRA silent."""
+    for part in base.parts.values():
+        lora.set_strength(part, 0.0)
+    states = cache.text_states(base, tokens, folder=folder)
+    for part in base.parts.values():
+        lora.set_strength(part, 1.0)
+    return states
+
+
+def draw_samples(base: Base, run: Config, folder: Path, data: Material, *, step: int, keep_text: bool) -> Sampled:
     """Draws the run's sample prompts with the adapters as they are; the same seeds at every step, so that steps can be compared."""
-    prompts = run.sample_prompts or [samples[0].caption, samples[len(samples) // 2].caption]
+    chosen = (data.samples[0], data.samples[len(data.samples) // 2])
+    prompts = run.sample_prompts or [materials.plain_caption(data, sample) for sample in chosen]
+    base_model.set_training(base, False)
     paths = []
     for number, prompt in enumerate(prompts):
         request = generate.Request(prompt, seed=run.seed + number)
         ((_, image),) = generate.pictures(base, request)
         paths.append(run_folder.sample_path(folder, step, number))
         files.write(paths[-1], generate.png_bytes(image, generate.settings_text(base, request, [])))
-    base.vae.to("cpu")
+    base_model.set_training(base, True)
+    base_model.send_away(base, text=not keep_text)
     run_folder.log(folder, event="sampled", step=step, paths=[path.name for path in paths])
     return Sampled(step, tuple(paths))
 
 
-def save(base: Base, run: Config, path: Path, step: int) -> Saved:
-    """Writes the adapters as a LoRA file."""
-    modules = {
-        stem(name): lora_file.LoRAModule(adapter.down, adapter.up, adapter.alpha)
-        for part, stem in (("unet", lora_file.unet_stem), ("text_encoder", lora_file.text_stem))
-        for name, layer in lora.layers(base.parts[part]).items()
-        for adapter in layer.each_adapter()
-    }
-    files.write(path, lora_file.to_bytes(modules, metadata(base, run, step)))
-    return Saved(step, path)
-
-
-def metadata(base: Base, run: Config, step: int) -> dict[str, str]:
-    """What other tools show of a LoRA: kohya's `ss_` and Stability's `modelspec` keys, no times, so that equal runs are equal bytes."""
-    family = base.family
-    architecture = {"sd1": "stable-diffusion-v1/lora", "sd2": "stable-diffusion-v2-512/lora"}.get(family, f"{family}/lora")
-    version = {"sd1": "sd_v1", "sd2": "sd_v2"}.get(family, family)
-    values = {
-        "ss_output_name": run.name, "ss_base_model_version": version, "ss_network_module": "networks.lora",
-        "ss_network_dim": run.lora.rank, "ss_network_alpha": run.lora.alpha, "ss_sd_model_name": run.base,
-        "ss_new_sd_model_hash": base_model.weights_hash(base), "ss_steps": step, "ss_seed": run.seed,
-        "ss_learning_rate": run.optimizer.learning_rate, "ss_unet_lr": run.optimizer.learning_rate,
-        "ss_text_encoder_lr": run.optimizer.text_encoder_learning_rate if run.lora.text_encoder else 0,
-        "ss_optimizer": run.optimizer.name, "ss_lr_scheduler": run.optimizer.schedule, "ss_min_snr_gamma": run.min_snr_gamma,
-        "modelspec.sai_model_spec": "1.0.1", "modelspec.title": run.name, "modelspec.architecture": architecture,
-        "modelspec.implementation": "diffusers", "modelspec.prediction_type": {"epsilon": "epsilon"}.get(base.prediction, "v"),
-        "modelspec.trigger_phrase": run.trigger,
-    }  # fmt: skip
-    return {key: str(value) for key, value in values.items()}
-
-
-def _drops(run: Config, batch_index: int, place: int) -> bool:
-    return captions.is_dropped(batch_index * run.batch + place, seed=run.seed, share=run.caption_dropout)
-
-
-def _not_finite(step: int, samples: list[Sample]) -> str:
-    pictures = ", ".join(sample.picture.name for sample in samples)
+def _not_finite(step: int, pictures: set[str]) -> str:
     return (
-        f"The loss or a gradient of step {step} is not finite (pictures {pictures}); nothing of this step was kept, "
+        f"The loss or a gradient of step {step} is not finite (pictures {', '.join(sorted(pictures))}); nothing of this step was kept, "
         "and the last checkpoint stands. Lower optimizer.learning_rate, and look at these pictures."
     )

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from sdlora import base_files, base_model, files, generate, lora, lora_file
+from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.mini import evaluate, lead, world
@@ -32,9 +33,9 @@ def style_lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         if part == "unet" and "attn" in name:
             width, depth = lora.base_weight(base.parts[part].get_submodule(name)).shape[:2]
             down, up = (torch.randn(*shape, generator=generator) for shape in ((2, depth), (width, 2)))
-            modules[stem] = lora_file.LoRAModule(down, up, 0.5)
+            modules[stem] = Update(LowRank(down, up, 0.5))
     path = tmp_path_factory.mktemp("loras") / "wild.safetensors"
-    files.write(path, lora_file.to_bytes(modules, {"modelspec.trigger_phrase": "glass"}))
+    files.write(path, lora_file.to_bytes(modules, {"modelspec.trigger_phrase": "glass"}, family="mini"))
     return path
 
 

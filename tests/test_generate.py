@@ -1,5 +1,6 @@
 """Pictures: the same as plain diffusers draws, exact at strength 0, and LoRAs that fit or say why not."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sdlora import base_files, base_model, files, generate, lora, lora_file
 from sdlora.base_model import Base
+from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
 
@@ -37,11 +39,10 @@ def lora_path(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for stem, (part, name) in base_model.stems(base).items():
         if "attn" in name:
             shape = lora.base_weight(base.parts[part].get_submodule(name)).shape
-            modules[stem] = lora_file.LoRAModule(
-                torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator), 0.5
-            )
+            down, up = torch.randn(2, shape[1], generator=generator), torch.randn(shape[0], 2, generator=generator)
+            modules[stem] = Update(LowRank(down, up, 0.5))
     path = tmp_path_factory.mktemp("loras") / "wild.safetensors"
-    files.write(path, lora_file.to_bytes(modules, {}))
+    files.write(path, lora_file.to_bytes(modules, {}, family="sd1"))
     return path
 
 
@@ -101,10 +102,8 @@ def test_a_file_that_is_written_anew_speaks_with_its_new_weights(tiny_base: Path
     base, path = opened(tiny_base), tmp_path / "a.safetensors"
     seen = []
     for scale in (1.0, 0.25):
-        modules = {
-            stem: lora_file.LoRAModule(one.down, one.up * scale, one.alpha) for stem, one in lora_file.read(lora_path).modules.items()
-        }
-        files.write(path, lora_file.to_bytes(modules, {}))
+        modules = {stem: Update(replace(one.change, up=one.change.up * scale)) for stem, one in lora_file.read(lora_path).modules.items()}
+        files.write(path, lora_file.to_bytes(modules, {}, family="sd1"))
         generate.set_loras(base, [LoRA(path)])
         seen.append(draw(base).tobytes())
     assert seen[0] != seen[1]
@@ -139,18 +138,18 @@ def test_settings_travel_in_the_picture(tiny_base: Path, lora_path: Path, tmp_pa
 
 def test_a_lora_that_does_not_fit_and_a_bad_size_get_one_sentence(tiny_base: Path, tmp_path: Path) -> None:
     base = opened(tiny_base)
-    foreign = lora_file.LoRAModule(torch.zeros(2, 5), torch.zeros(5, 2), 2.0)
+    foreign = Update(LowRank(torch.zeros(2, 5), torch.zeros(5, 2), 2.0))
     fitting = next(stem for stem in base_model.stems(base) if stem.endswith("to_q"))
     for stem, sentence in (
-        ("lora_unet_input_blocks_1_1_proj_in", "1 of its 1 modules are not in it"),
-        (fitting, r"is \(5, 5\) in the file"),
+        ("lora_unet_down_blocks_7_attentions_0_proj_in", "1 of its 1 modules are not in it"),
+        (fitting, r"is \[5, 5\] in the file"),
     ):
         path = tmp_path / "foreign.safetensors"
-        files.write(path, lora_file.to_bytes({stem: foreign}, {}))
+        files.write(path, lora_file.to_bytes({stem: foreign}, {}, family="sd1"))
         with pytest.raises(UserError, match=sentence):
             generate.set_loras(base, [LoRA(path)])
         assert lora.layers(base.unet) == {}
-    with pytest.raises(UserError, match="multiples of 4 px"):
-        draw(base, Request("x", width_px=30))
+    with pytest.raises(UserError, match="multiples of 2 px, at least 4"):
+        draw(base, Request("x", width_px=31))
     with pytest.raises(UserError, match="'Eular' is unknown"):
         draw(base, Request("x", sampler="Eular"))

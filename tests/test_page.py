@@ -16,9 +16,9 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from sdlora import base_files, base_model, files, generate, lora, lora_file
+from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
-from sdlora.lora_file import LoRAModule
 from sdlora.ui import generate_actions, page, studio
 from sdlora.ui.studio import Drawn, Order, Studio
 
@@ -38,8 +38,8 @@ def write_lora(base: Path, path: Path, *, seed: int) -> None:
     for stem, (part, name) in base_model.stems(opened).items():
         if part == "unet" and "attn" in name:
             rows, columns = lora.base_weight(opened.parts[part].get_submodule(name)).shape
-            modules[stem] = LoRAModule(torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator), 0.5)
-    files.write(path, lora_file.to_bytes(modules, {}))
+            modules[stem] = Update(LowRank(torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator), 0.5))
+    files.write(path, lora_file.to_bytes(modules, {}, family="sd1"))
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def place(tiny_base: Path, tmp_path: Path) -> Studio:
     """A studio with two LoRAs that fit and one that does not."""
     write_lora(tiny_base, tmp_path / "loras/run/wild.safetensors", seed=0)
     write_lora(tiny_base, tmp_path / "loras/calm.safetensors", seed=1)
-    foreign = {"lora_unet_input_blocks_1_1_proj_in": LoRAModule(torch.zeros(2, 5), torch.zeros(5, 2), 2.0)}
-    files.write(tmp_path / "loras/<b>foreign.safetensors", lora_file.to_bytes(foreign, {}))
+    foreign = {"lora_unet_down_blocks_7_attentions_0_proj_in": Update(LowRank(torch.zeros(2, 5), torch.zeros(5, 2), 2.0))}
+    files.write(tmp_path / "loras/<b>foreign.safetensors", lora_file.to_bytes(foreign, {}, family="sd1"))
     return Studio(tmp_path / "loras", tmp_path / "outputs")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora import config, lora_file, run_folder, train
+from sdlora import config, events, lora_file, run_folder, train
 from sdlora.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: P
         *["Encoding"] * 5, "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
     ]  # fmt: skip
     started = events[5]
-    assert isinstance(started, train.Started)
+    assert isinstance(started, events.Started)
     assert (started.pictures, started.modules, started.steps) == (5, 7 * 8, 6)
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert names == {
@@ -36,7 +36,7 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: P
     file = lora_file.read(tmp_path / "run/tiny.safetensors")
     assert (len(file.modules), file.ranks, file.alphas) == (started.modules, [2], [2.0])
     assert file.metadata["modelspec.trigger_phrase"] == "vitrail"
-    assert any(module.up.abs().max() > 0 for module in file.modules.values())
+    assert any(update.change.up.abs().max() > 0 for update in file.modules.values())
 
 
 @pytest.mark.parametrize("text_encoder", [True, False])
@@ -51,7 +51,7 @@ def test_one_seed_gives_the_same_bytes_and_another_seed_others(tiny_base: Path, 
 
 def test_a_character_trains_the_text_encoder_too(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     run = run_config(tiny_base, pictures, kind="character", steps=1, sample_every=0)
-    started = next(event for event in train.train(run, tmp_path / "run") if isinstance(event, train.Started))
+    started = next(event for event in train.train(run, tmp_path / "run") if isinstance(event, events.Started))
     assert started.modules == 7 * 8 + 2 * 4
 
 
@@ -60,9 +60,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(tiny_base: Path, pictures: P
     seen = []
     for event in events:
         seen.append(event)
-        if isinstance(event, train.Step) and event.step == 2:
+        if isinstance(event, events.Step) and event.step == 2:
             run_folder.ask_to_stop(tmp_path / "run")
-    assert isinstance(seen[-1], train.Stopped)
+    assert isinstance(seen[-1], events.Stopped)
     assert seen[-1].step == 2
     assert lora_file.read(seen[-1].path).ranks == [2]
     assert not run_folder.result_path(tmp_path / "run", "tiny").exists()
@@ -79,7 +79,7 @@ def test_samples_do_not_change_what_is_learned(tiny_base: Path, pictures: Path, 
 
 def test_accumulation_takes_steps_over_several_batches(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     run = run_config(tiny_base, pictures, optimizer={"accumulation": 3}, steps=2)
-    steps = [event for event in train.train(run, tmp_path / "run") if isinstance(event, train.Step)]
+    steps = [event for event in train.train(run, tmp_path / "run") if isinstance(event, events.Step)]
     assert [step.step for step in steps] == [1, 2]
 
 
@@ -110,7 +110,7 @@ def test_a_run_folder_is_never_written_over(tiny_base: Path, pictures: Path, tmp
     ("changes", "sentence"),
     [
         ({"base": "sd9"}, "Base 'sd9' is unknown"),
-        ({"data": "nowhere"}, "nowhere does not exist"),
+        ({"data": "nowhere"}, "nowhere: The data folder does not exist"),
         ({"lora": {"targets": "everything"}}, "'everything' are unknown; presets are attn"),
         ({"lora": {"targets": ["*.foo"]}}, r"'\*\.foo' matches none"),
     ],

@@ -1,0 +1,79 @@
+"""What a run tells while it goes: the command line draws bars from these, a test lists them, `metrics.jsonl` holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A regularisation picture was drawn, or found from an earlier run."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A picture was encoded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """Everything is in memory and the first step is next; `limits` says where the file will not work."""
+
+    pictures: int
+    modules: int
+    parameters: int
+    steps: int
+    base: str = ""
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step was taken."""
+
+    step: int
+    loss: float
+    rate: float
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, or at the end the LoRA file, was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Pictures were drawn with what is learned so far; those of step 0 are the base's."""
+
+    step: int
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Somebody asked the run to end: a checkpoint of this step was saved."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """The run is over."""
+
+    path: Path
+    elapsed_s: float
+
+
+Event = Drawing | Encoding | Started | Step | Saved | Sampled | Stopped | Done

@@ -1,0 +1,163 @@
+"""What a run is trained on: its folders scanned, held-out pictures set apart, sizes chosen, and what each visit sees and hears.
+
+All of it is a function of the config and the files: nothing here depends on how far a run is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+from sdlora import captions, data_folders, dataset, files, images, views
+from sdlora.captions import CaptionRules
+from sdlora.config import Config, FolderConfig
+from sdlora.dataset import Finding, Sample, Visit
+from sdlora.errors import UserError
+from sdlora.views import Item
+
+SD_STEP_PX = 64  # the step of training sizes that Stable Diffusion was trained with
+
+
+@dataclass(frozen=True)
+class Found:
+    """The samples of a run, those that are held out, and what was found on the way."""
+
+    samples: tuple[Sample, ...]
+    held_out: tuple[Sample, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, eq=False)  # by identity, so that its epochs can be remembered
+class Material:
+    """Samples with the items they are trained as, and the caption rules of each data folder, drawn pictures last."""
+
+    samples: tuple[Sample, ...]
+    items: tuple[Item, ...]
+    rules: tuple[CaptionRules, ...]
+    weights: tuple[float, ...]  # of the loss, by data folder as the rules
+    starts: tuple[int, ...]  # of each item's visits, when all visits of an epoch are numbered
+
+
+def find(run: Config) -> Found:
+    """Scans the run's folders; defects are findings, none is an exception."""
+    scans = [_scan(folder, source) for source, folder in enumerate(run.data)]
+    samples = tuple(sample for scan in scans for sample in scan.samples)
+    findings = tuple(finding for scan in scans for finding in scan.findings)
+    if run.validation.folder:
+        apart = data_folders.scan(run.validation.folder)
+        return Found(samples, apart.samples, findings + apart.findings)
+    if not run.validation.share or not samples:
+        return Found(samples, (), findings)
+    kept, out = dataset.split([files.sha256(one.picture) for one in samples], share=run.validation.share)
+    return Found(tuple(samples[i] for i in kept), tuple(samples[i] for i in out), findings)
+
+
+def find_or_refuse(run: Config) -> Found:
+    """The same for training.
+
+    Raises:
+        UserError: with the first finding that stops, and how many more there are.
+    """
+    found = find(run)
+    stops = [one for one in found.findings if one.severity == "stops"]
+    if stops:
+        more = f" ({len(stops) - 1} more: sdlora check says which)" if len(stops) > 1 else ""
+        where = f"{stops[0].path}: " if stops[0].path else ""
+        raise UserError(f"{where}{stops[0].what} {stops[0].advice}{more}")
+    if not found.samples:
+        raise UserError("The data folders hold no picture that can be trained on; name a folder of pictures with captions.")
+    return found
+
+
+def material(run: Config, samples: tuple[Sample, ...], *, grain_px: int, resolution_px: int) -> Material:
+    """Sizes and caption rules of some samples.
+
+    Args:
+        grain_px: the smallest step of training sizes that suits the base; 64 for Stable Diffusion.
+        resolution_px: the base's own, for runs that name none.
+
+    Raises:
+        UserError: if a picture's size cannot be read, or a resolution does not suit the base.
+    """
+    wanted = run.resolution_px or resolution_px
+    resolutions = [wanted] if isinstance(wanted, int) else wanted
+    step = run.sizes.step_px or min(SD_STEP_PX, grain_px)
+    items = views.items(
+        samples, [images.size_of(one.picture) for one in samples], resolutions_px=resolutions, step_px=step, seed=run.seed,
+        most_aspect=run.sizes.most_aspect, most_shapes=run.sizes.most_shapes, upscale=run.sizes.upscale, crop=run.sizes.crop,
+        crops=run.sizes.crops, flip=run.sizes.flip,
+    )  # fmt: skip
+    starts = tuple(accumulate((item.repeats for item in items), initial=0))
+    by_folder = (*(rules(run, folder) for folder in run.data), CaptionRules())
+    weights = (*(folder.weight for folder in run.data), run.regularisation_weight)
+    return Material(samples, items, by_folder, weights, starts)
+
+
+def rules(run: Config, folder: FolderConfig) -> CaptionRules:
+    """What is done to the captions of a folder."""
+    trigger = run.trigger if folder.trigger is None else folder.trigger
+    return CaptionRules(
+        trigger="" if folder.regularisation else trigger, shuffle=run.captions.shuffle, keep_first=run.captions.keep_first,
+        tag_dropout=run.captions.tag_dropout, caption_dropout=run.captions.dropout, wildcards=run.captions.wildcards,
+        prefix=run.captions.prefix, suffix=run.captions.suffix,
+    )  # fmt: skip
+
+
+def batches_per_epoch(one: Material, *, batch: int) -> int:
+    """How many batches an epoch has; the last ones of a size may be smaller."""
+    return len(_epoch(one, batch, 0, 0))
+
+
+def batch_at(one: Material, *, batch: int, seed: int, batch_index: int) -> tuple[int, list[Visit]]:
+    """The epoch and the visits of one batch, counted from the run's first."""
+    epoch, place = divmod(batch_index, batches_per_epoch(one, batch=batch))
+    return epoch, _epoch(one, batch, seed, epoch)[place]
+
+
+@lru_cache(maxsize=4)
+def _epoch(one: Material, batch: int, seed: int, epoch: int) -> list[list[Visit]]:
+    shapes, repeats = [item.shape_px for item in one.items], [item.repeats for item in one.items]
+    return dataset.epoch_batches(shapes, repeats, batch=batch, seed=seed, epoch=epoch)
+
+
+def view_at(one: Material, visit: Visit, *, seed: int, epoch: int) -> int:
+    """Which of its item's views a visit shows."""
+    return views.chosen(one.items[visit.sample], visit, seed=seed, epoch=epoch)
+
+
+def caption_at(one: Material, visit: Visit, *, seed: int, epoch: int) -> str:
+    """What is said at a visit."""
+    sample = one.samples[one.items[visit.sample].sample]
+    return captions.caption_at(
+        sample.captions, one.rules[sample.source], seed=seed, epoch=epoch, index=one.starts[visit.sample] + visit.repeat
+    )
+
+
+def plain_caption(one: Material, sample: Sample) -> str:
+    """A sample's caption as it would be without any chance in it."""
+    calm = replace(one.rules[sample.source], shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
+    return captions.caption_at(sample.captions, calm, seed=0, epoch=0, index=0)
+
+
+def everything_said(one: Material, *, batch: int, batches: int, seed: int) -> list[str]:
+    """Every text that a run of so many batches will hear, each once, in order of first hearing."""
+    heard: dict[str, None] = {}
+    for batch_index in range(batches):
+        epoch, visits = batch_at(one, batch=batch, seed=seed, batch_index=batch_index)
+        heard.update((caption_at(one, visit, seed=seed, epoch=epoch), None) for visit in visits)
+    return list(heard)
+
+
+def _scan(folder: FolderConfig, source: int) -> data_folders.Scan:
+    return data_folders.scan(
+        folder.folder, repeats=folder.repeats, default_caption=folder.caption, captions_from_names=folder.captions_from_names,
+        caption_lines=folder.caption_lines, masks=_masks(folder), source=source,
+    )  # fmt: skip
+
+
+def _masks(folder: FolderConfig) -> Path | None:
+    if folder.masks is None:
+        return None
+    return folder.masks if folder.masks.is_absolute() else folder.folder / folder.masks
