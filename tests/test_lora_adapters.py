@@ -232,6 +232,22 @@ def test_rank_dropout_takes_whole_ranks_for_all_of_a_batch() -> None:
         assert one == pytest.approx(0, abs=1e-6) or one == pytest.approx(2 * whole, rel=1e-4)
 
 
+def test_rank_dropout_takes_what_a_rank_of_pissa_gained_as_a_whole() -> None:
+    layer, adapter = wrapped(MODULES["linear"], Variant(init="pissa", rank_dropout=0.5), rank=2)
+    assert adapter.start_up is not None
+    assert adapter.start_down is not None
+    x = question(layer.base)
+    gains = [
+        (torch.outer(adapter.up[:, i], adapter.down[i]) - torch.outer(adapter.start_up[:, i], adapter.start_down[i])).detach()
+        for i in range(2)
+    ]
+    possible = [2 * adapter.scale * x @ (a * gains[0] + b * gains[1]).T for a in (0, 1) for b in (0, 1)]
+    with torch.no_grad():
+        for _ in range(10):
+            said = layer(x) - layer.base(x)
+            assert min((said - one).abs().max().item() for one in possible) < 1e-5
+
+
 @pytest.mark.parametrize("variant", DROPOUTS, ids=NAMES)
 def test_gradient_checkpointing_draws_the_same_again(variant: Variant) -> None:
     layer, adapter = wrapped(MODULES["linear"], variant)
