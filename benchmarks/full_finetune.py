@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from sdlora import base_files, captions, config, dataset, devices, generate, latents, lora, optimizer, text, train
+from sdlora import adapters, base_files, cache, captions, config, devices, generate, lora, material, optimizer, result, train
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
-from sdlora.latents import Latents
+from sdlora.material import Material
 from sdlora.mini import evaluate
 
 NAMES = {"base": "base", "lora": "LoRA", "full": "full fine-tuning"}
@@ -70,26 +70,29 @@ def run_config(options: argparse.Namespace) -> Config:
 def trainable(base: Base, run: Config, contender: str) -> list[nn.Parameter]:
     """The weights that move: fresh adapters, or all of the UNet."""
     if contender == "lora":
-        train.add_lora(base, run)
+        adapters.add_lora(base, run)
         return lora.parameters(base.unet)
     base.unet.requires_grad_(True)
     return list(base.unet.parameters())
 
 
+def data_of(base: Base, run: Config) -> Material:
+    """The run's pictures at their sizes."""
+    return material.material(run, material.find_or_refuse(run).samples, grain_px=base.grain_px, resolution_px=base.resolution_px)
+
+
 def batches(base: Base, run: Config) -> Callable[[int], Tensor]:
     """A function from the step, 0 for the first, to its loss; pictures and captions are encoded once."""
-    samples = train.find_samples(run)
-    encoded = list(latents.encode(base, [one.picture for one in samples], side_px=run.resolution_px or base.resolution_px))
-    store = Latents(torch.cat([mean for mean, _ in encoded]), torch.cat([deviation for _, deviation in encoded]))
-    states = train.encode_once(base, text.tokens(base, [one.caption for one in samples] + [""]))
+    data = data_of(base, run)
+    views = [view for item in data.items for view in item.views]
+    encoded = cache.latents(base, views, folder=None, background=run.sizes.background)
+    seen = [[next(encoded) for _ in item.views] for item in data.items]
+    speech = train.listen(base, run, data, trains_text=False, folder=None)
     alphas = base.alphas
 
     def loss(step: int) -> Tensor:
-        chosen = dataset.batch_at(samples, seed=run.seed, batch_index=step, batch=run.batch)
-        places = range(step * run.batch, (step + 1) * run.batch)
-        dropped = [captions.is_dropped(place, seed=run.seed, share=run.caption_dropout) for place in places]
-        spoken = [len(samples) if drop else i for i, drop in zip(chosen, dropped, strict=True)]
-        return train.loss_of_batch(base, store, chosen, states[spoken], alphas, run=run, batch_index=step)
+        batch = train.gather(run, data, seen, speech, base, batch_index=step)
+        return train.loss_of_batch(base, batch, alphas, run=run, batch_index=step)
 
     return loss
 
@@ -129,7 +132,7 @@ def run_steps(base: Base, run: Config, weights: list[nn.Parameter], rate: float)
 def save(base: Base, run: Config, contender: str, out: Path) -> int:
     """Writes the LoRA file, or the fine-tuned base as a diffusers folder, both in fp16; returns the bytes of what was trained."""
     if contender == "lora":
-        return train.save(base, run, out / "lora.safetensors", run.steps).path.stat().st_size
+        return result.save(base, run, out / "lora.safetensors", step=run.steps, data=data_of(base, run)).stat().st_size
     shutil.copytree(base_files.folder_of(run.base), out / "full", ignore=lambda folder, names: {"unet"} & set(names), dirs_exist_ok=True)
     base.unet.half().save_pretrained(out / "full" / "unet")
     return sum(path.stat().st_size for path in (out / "full" / "unet").glob("*.safetensors"))

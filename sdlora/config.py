@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sdlora import kohya_toml
 from sdlora.errors import UserError
 
 Resolution = Annotated[int, Field(ge=64, le=4096, multiple_of=8)]
@@ -86,6 +87,10 @@ class FolderConfig(_Table):
     caption: str | None = Field(None, description="for pictures that have no caption of their own")
     captions_from_names: bool = Field(False, description="file names as captions where there is no other")
     caption_lines: Literal["joined", "alternatives"] = Field("joined", description="lines of a caption file: one text, or one per visit")
+    caption_suffixes: tuple[str, ...] = Field((".txt", ".caption"), strict=False, description="of caption files; the first found counts")
+    metadata: Path | None = Field(None, strict=False, description="a table of captions, if it is not called metadata.jsonl or .csv")
+    folder_names: bool = Field(True, description='sub-folders such as "10_pip dragon" say repeats and caption')
+    sub_folders: bool = Field(True, description="pictures in sub-folders belong to it")
     masks: Path | None = Field(None, strict=False, description="folder of same-named greyscale pictures; white is learned")
     alpha_masks: bool = Field(False, description="the pictures' own transparency as masks")
     weight: float = Field(1.0, gt=0, description="of the loss; for regularisation pictures often less than 1")
@@ -134,7 +139,7 @@ class Config(_Table):
     prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = Field("auto", description="what the base predicts, likewise")
     zero_terminal_snr: bool | None = Field(None, description="last timestep without any signal; as the base says if not given")
     clip_skip: int | None = Field(None, ge=1, le=12, description="text layer counted from the last, 1 for the last; the family's own")
-    data: list[FolderConfig] = Field(min_length=1, description="a folder, or a list of tables with folder and repeats")
+    data: list[FolderConfig] = Field(min_length=1, description="a folder, an sd-scripts dataset TOML, or a list of tables")
     kind: Literal["style", "character"] = Field(description="what the pictures have in common")
     trigger: str = Field("", description="word that calls the LoRA; put first in captions that lack it")
     name: str = Field(pattern=r"^[\w][\w. -]*$", description="stem of the LoRA file")
@@ -161,6 +166,7 @@ class Config(_Table):
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     output: OutputConfig = OutputConfig()
+    untranslated: tuple[str, ...] = Field((), exclude=True, description="what a foreign dataset TOML asks for in vain; never written")
 
 
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
@@ -193,8 +199,7 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     Raises:
         UserError: as `load` does.
     """
-    if isinstance(values.get("data"), str):
-        values = values | {"data": [{"folder": values["data"]}]}
+    values, untranslated = _with_data(values)
     try:
         run = Config.model_validate(values)
     except ValidationError as problem:
@@ -207,7 +212,19 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     if run.lora.text_targets is None:
         text_targets = run.lora.targets if isinstance(run.lora.targets, str) else "attn"
         run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_targets": text_targets})})
-    return run
+    return run.model_copy(update={"untranslated": untranslated})
+
+
+def _with_data(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`data` as a list of tables: a name is a folder, or a dataset TOML of sd-scripts, whose settings hold where the run says nothing."""
+    data = values.get("data")
+    if not isinstance(data, str):
+        return values, ()
+    if not data.endswith(".toml"):
+        return values | {"data": [{"folder": data}]}, ()
+    theirs = kohya_toml.read_kohya(Path(data))
+    tables = {key: value | values.get(key, {}) for key, value in theirs.settings.items() if isinstance(value, dict)}
+    return theirs.settings | values | tables | {"data": list(theirs.folders)}, theirs.unsupported
 
 
 def to_toml(config: Config) -> str:

@@ -44,7 +44,7 @@ def find(run: Config) -> Found:
     """Scans the run's folders; defects are findings, none is an exception."""
     scans = [_scan(folder, source) for source, folder in enumerate(run.data)]
     samples = tuple(sample for scan in scans for sample in scan.samples)
-    findings = tuple(finding for scan in scans for finding in scan.findings)
+    findings = (*_untranslated(run), *(finding for scan in scans for finding in scan.findings))
     if run.validation.folder:
         apart = data_folders.scan(run.validation.folder)
         return Found(samples, apart.samples, findings + apart.findings)
@@ -153,8 +153,13 @@ def everything_said(one: Material, *, batch: int, batches: int, seed: int) -> li
 def _scan(folder: FolderConfig, source: int) -> data_folders.Scan:
     return data_folders.scan(
         folder.folder, repeats=folder.repeats, default_caption=folder.caption, captions_from_names=folder.captions_from_names,
-        caption_lines=folder.caption_lines, masks=_masks(folder), source=source,
+        caption_lines=folder.caption_lines, caption_suffixes=folder.caption_suffixes, folder_names=folder.folder_names,
+        sub_folders=folder.sub_folders, metadata=folder.metadata, masks=_masks(folder), source=source,
     )  # fmt: skip
+
+
+def _untranslated(run: Config) -> tuple[Finding, ...]:
+    return tuple(Finding("notes", "not-translated", words, "The run goes on without it.") for words in run.untranslated)
 
 
 def _masks(folder: FolderConfig) -> Path | None:

@@ -18,11 +18,11 @@ def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
 
 
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    events = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
-    assert [type(event).__name__ for event in events] == [
+    told = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
+    assert [type(event).__name__ for event in told] == [
         *["Encoding"] * 5, "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
     ]  # fmt: skip
-    started = events[5]
+    started = told[5]
     assert isinstance(started, events.Started)
     assert (started.pictures, started.modules, started.steps) == (5, 7 * 8, 6)
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -56,9 +56,9 @@ def test_a_character_trains_the_text_encoder_too(tiny_base: Path, pictures: Path
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_ends(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    events = train.train(run_config(tiny_base, pictures, steps=50, save_every=50), tmp_path / "run")
+    going = train.train(run_config(tiny_base, pictures, steps=50, save_every=50), tmp_path / "run")
     seen = []
-    for event in events:
+    for event in going:
         seen.append(event)
         if isinstance(event, events.Step) and event.step == 2:
             run_folder.ask_to_stop(tmp_path / "run")
@@ -110,7 +110,7 @@ def test_a_run_folder_is_never_written_over(tiny_base: Path, pictures: Path, tmp
     ("changes", "sentence"),
     [
         ({"base": "sd9"}, "Base 'sd9' is unknown"),
-        ({"data": "nowhere"}, "nowhere: The data folder does not exist"),
+        ({"data": "nowhere"}, "nowhere: There is no such folder"),
         ({"lora": {"targets": "everything"}}, "'everything' are unknown; presets are attn"),
         ({"lora": {"targets": ["*.foo"]}}, r"'\*\.foo' matches none"),
     ],
