@@ -118,7 +118,7 @@ def _name_and_texts(row: object, alternatives: bool) -> tuple[str, tuple[str, ..
     if len(parts) < len(given):
         raise ValueError(f"has neither text nor caption (found: {listed([key for key in row if row[key] is not None])})")
     lines = [line for part in parts for line in (part.splitlines() if alternatives else [part])]
-    texts = tuple(" ".join(line.split()) for line in lines if line.split())
+    texts = tuple(dict.fromkeys(" ".join(line.split()) for line in lines if line.split()))
     if re.search("[\0\ud800-\udfff]", "".join((name, *texts))):
         raise ValueError("holds half a character or a NUL")
     return name, texts
