@@ -89,7 +89,7 @@ def open_picture(path: Path, *, background: tuple[int, int, int] = BACKGROUND, l
             image.paste(background, mask=ImageOps.invert(alpha))
         upright, upright_alpha = (part and (part.copy() if turn is None else part.transpose(turn)) for part in (image, alpha))
         assert upright is not None
-        upright.info = {}  # the profile and the turn were applied; saved with the pixels they would be applied again
+        upright.info = {}  # profile, turn and transparent colour were applied; saved with the pixels they would be again
         return Opened(upright, upright_alpha, tuple(notes))
 
 
