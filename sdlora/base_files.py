@@ -217,8 +217,8 @@ def measured_prediction(base: Base) -> str:
     """Whether a base answers pure noise with that noise ("epsilon") or not ("v_prediction").
 
     At the last timestep x ≈ ε. A model of ε answers x, correlation near 1; a model of v = √ᾱ ε - √(1 - ᾱ) x_0 (Salimans & Ho 2022, arXiv
-    2202.00512, appendix D) answers minus what it expects to see, and √ᾱ is 0.07 there. SD 2.x comes in both, and its files seldom say. Measured on the mini
-    base over 5 seeds: 0.999, and its answers turned into v between -0.40 and 0.20.
+    2202.00512, appendix D) answers minus what it expects to see, and √ᾱ is 0.07 there. SD 2.x comes in both, and its files seldom say.
+    Measured on the mini base over 5 seeds: 0.999, and its answers turned into v between -0.40 and 0.20.
     """
     side = min(base.unet.config.sample_size, 32)
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(base.device)

@@ -56,6 +56,21 @@ def test_parts_come_frozen_in_the_number_format_asked_for_and_the_vae_in_fp32(dt
         assert not any(module.training for part in (base.vae, *base.parts.values()) for module in part.modules())
 
 
+@pytest.mark.parametrize("form", [0, 1])
+def test_changing_a_loaded_base_never_changes_its_file(form: int, made: Made) -> None:
+    """Weights in the files' own number format may be the file's pages; folding a LoRA writes into them."""
+    folder, _ = made("sd2")
+    name = made("sd2")[form]
+    weights = name if form else folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    base = base_files.load(str(name), tokenizer=str(folder), **FULL)
+    with torch.no_grad():
+        for part in (base.vae, *base.parts.values()):
+            for weight in part.parameters():
+                weight.add_(1)
+    assert weights.read_bytes() == before
+
+
 def test_old_names_in_checkpoints_are_understood(made: Made, tmp_path: Path) -> None:
     folder, path = made("sd1")
     bare = {key.replace("transformer.text_model.", "transformer."): tensor for key, tensor in load_file(path).items()}
