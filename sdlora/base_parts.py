@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora import checkpoint_keys, weights_file
+from sdlora import checkpoint_keys, noise, weights_file
 from sdlora.errors import UserError
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 _DEEPEST = 100  # layers of anything; Stable Diffusion's deepest has 32, and a config may claim a billion
-_DEPTHS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block", "block_out_channels")
+_DEPTHS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
+_POSITIVE = ("mid_block_scale_factor", "norm_eps", "layer_norm_eps", "downsample_padding")  # asked only when the part answers
+_COUNTS = ("num_attention_heads", "norm_num_groups")  # likewise
 _SMALLEST = 1e-30
 
 
@@ -62,6 +64,12 @@ def schedule(values: dict[str, Any], *, where: str) -> dict[str, Any]:
             f"{where} has a noise schedule from beta {start!r} to {end!r} over {count!r} timesteps; "
             "0 < beta < 1 and 2 to 100,000 timesteps are allowed."
         )
+    form, offset = values.get("beta_schedule", "scaled_linear"), values.get("steps_offset", 0)
+    if not isinstance(form, str) or type(offset) is not int or not 0 <= offset < count:
+        raise UserError(
+            f"{where} has a noise schedule of form {form!r} with steps_offset {offset!r}; fetch its scheduler_config.json again."
+        )
+    noise.alphas(values)
     return values
 
 
@@ -92,10 +100,16 @@ def _depths(value: Any) -> Iterator[int]:
 
 
 def _check(values: dict[str, Any], *, part: str, where: str) -> None:
-    deep = max((depth for key in _DEPTHS if key != "block_out_channels" for depth in _depths(values.get(key))), default=0)
-    deep = max(deep, len(values["block_out_channels"]) if isinstance(values.get("block_out_channels"), list) else 0)
+    channels = values.get("block_out_channels")
+    deep = max([len(channels) if isinstance(channels, list) else 0, *(depth for key in _DEPTHS for depth in _depths(values.get(key)))])
     if deep > _DEEPEST:
         raise UserError(f"{where} claims {deep:,} layers in its {part}; {_DEEPEST} are allowed, Stable Diffusion has 32 at most.")
+    for key in (*_POSITIVE, *_COUNTS):
+        least = 1 if key in _COUNTS else 0
+        if key in values and not (_is_number(values[key]) and values[key] >= least):
+            raise UserError(
+                f"{where} has {key} {values[key]!r} in its {part}; a number from {least} is allowed, fetch its config.json again."
+            )
 
 
 # --- weights ------------------------------------------------------------------------------------------------------------------
