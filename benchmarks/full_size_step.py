@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -68,7 +69,7 @@ def write_base(folder: Path, family: str) -> None:
             TEXT_CLASSES[index[part][1]](CLIPTextConfig(**plain(configs / part))).save_pretrained(folder / part)
             build_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
     torch.set_default_dtype(torch.float32)
-    DDIMScheduler(**plain(configs / "scheduler")).save_pretrained(folder / "scheduler")
+    shutil.copytree(configs / "scheduler", folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(index))
 
 

@@ -56,18 +56,6 @@ def caption_path(picture: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def read_caption(picture: Path) -> str:
-    """The one caption of the file beside a picture.
-
-    Raises:
-        UserError: if there is none, or it cannot be read.
-    """
-    path = caption_path(picture)
-    if path is None:
-        raise UserError(f"Picture {picture} has no caption; write what it shows into {picture.with_suffix('.txt').name} beside it.")
-    return read_caption_file(path)[0]
-
-
 def read_caption_file(path: Path, *, alternatives: bool = False) -> tuple[str, ...]:
     """The captions in a file of UTF-8 text, runs of white space made one space.
 
