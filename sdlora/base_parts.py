@@ -104,9 +104,9 @@ def _check(values: dict[str, Any], *, part: str, where: str) -> None:
     deep = max([len(channels) if isinstance(channels, list) else 0, *(depth for key in _DEPTHS for depth in _depths(values.get(key)))])
     if deep > _DEEPEST:
         raise UserError(f"{where} claims {deep:,} layers in its {part}; {_DEEPEST} are allowed, Stable Diffusion has 32 at most.")
-    for key in (*_POSITIVE, *_COUNTS):
+    for key in (*_POSITIVE, *_COUNTS):  # a UNet's heads have another name there, and this one is empty
         least = 1 if key in _COUNTS else 0
-        if key in values and not (_is_number(values[key]) and values[key] >= least):
+        if (part, key) != ("unet", "num_attention_heads") and key in values and not (_is_number(values[key]) and values[key] >= least):
             raise UserError(
                 f"{where} has {key} {values[key]!r} in its {part}; a number from {least} is allowed, fetch its config.json again."
             )
