@@ -7,6 +7,8 @@ overflows in fp16. `identify` says what a base is from configs and headers alone
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,11 +178,22 @@ def _opened(
         for encoder, folder, pad in zip(encoders, source.tokenizers, source.pads, strict=False)
     )
     unet = source.part("unet", dtype)
-    autoencoder = source.part("vae", torch.float32) if vae is None else base_sources.other_vae(vae, scaling=source.scaling, device=device)
+    if vae is None:  # opened when somebody asks for it
+        autoencoder, digest = source.shell("vae"), source.digest
+    else:
+        autoencoder = base_sources.other_vae(vae, scaling=source.scaling, device=device)
+        digest = _with_vae(source.digest, base_sources.state_digest(autoencoder))
     skip = (2 if identity.family == "sdxl" else 1) if clip_skip is None else clip_skip
-    base = Base(name, identity.family, unet, autoencoder, encoders, tokenizers, identity.prediction, source.schedule, source.weights, skip)
+    base = Base(
+        name, identity.family, unet, autoencoder, encoders, tokenizers, identity.prediction, source.schedule, source.weights, skip,
+        open_vae=None if vae else partial(source.part, "vae", torch.float32), digest=digest,
+    )  # fmt: skip
     _check_together(base)
     return base
+
+
+def _with_vae(digest: Callable[[str], str], vae: str) -> Callable[[str], str]:
+    return lambda part: vae if part == "vae" else digest(part)
 
 
 def _check_together(base: Base) -> None:
@@ -189,7 +202,7 @@ def _check_together(base: Base) -> None:
     Raises:
         UserError: if not.
     """
-    unet, vae, texts = base.unet.config, base.vae.config, [encoder.config for encoder in base.text_encoders]
+    unet, vae, texts = base.unet.config, base.autoencoder.config, [encoder.config for encoder in base.text_encoders]
     where, width = f"Base '{base.name}'", sum(text.hidden_size for text in texts)
     if unet.cross_attention_dim != width:
         raise UserError(f"{where} has a UNet that listens to {unet.cross_attention_dim} numbers per token, and its text gives {width}.")

@@ -7,8 +7,9 @@ and in `text`: the trainer and the generator call `predict`, `encode` and `decod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Base:
     Args:
         name: what the user called it.
         family: "mini", "sd1", "sd2" or "sdxl".
+        autoencoder: the VAE, or its shell without weights until somebody asks for `vae`: a run whose pictures are all cached never does.
         text_encoders: one, SDXL has two; each with the tokenizer of the same place.
         prediction: "epsilon", "v_prediction" or "sample", diffusers' words.
         schedule: the scheduler's config, diffusers' words.
@@ -72,13 +74,32 @@ class Base:
     name: str
     family: str
     unet: Any
-    vae: Any
+    autoencoder: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
     prediction: str
     schedule: dict[str, Any]
     weights: tuple[Path, ...]
     clip_skip: int = 1
+    open_vae: Callable[[], Any] | None = None
+    digest: Callable[[str], str] = lambda part: "unknown"  # SHA-256 of a part's tensors as they lie on the disk
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder with its weights."""
+        if self.open_vae is not None:
+            self.autoencoder, self.open_vae = self.open_vae(), None
+        return self.autoencoder
+
+    @cached_property
+    def vae_hash(self) -> str:
+        """Says which autoencoder encodes, for names of cache entries."""
+        return self.digest("vae")
+
+    @cached_property
+    def text_hash(self) -> str:
+        """Says which text encoders speak, likewise."""
+        return "".join(self.digest(part) for part in PARTS[1 : 1 + len(self.text_encoders)])
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +121,7 @@ class Base:
     @property
     def reduction(self) -> int:
         """Pixels per latent in each direction: 8 for Stable Diffusion."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.autoencoder.config.block_out_channels) - 1))
 
     @property
     def grain_px(self) -> int:
@@ -115,7 +136,7 @@ class Base:
     @property
     def scaling(self) -> float:
         """Latents are multiplied by this after encoding, so that their deviation is about 1."""
-        return float(self.vae.config.scaling_factor)
+        return float(self.autoencoder.config.scaling_factor)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -213,7 +234,8 @@ def uncropped(base: Base, noisy: Tensor) -> Tensor:
 
 def send_away(base: Base, *, text: bool) -> None:
     """Takes what training does not need off the GPU: the autoencoder and, if asked for, the text encoders; they come back when used."""
-    base.vae.to("cpu")
+    if base.open_vae is None:
+        base.autoencoder.to("cpu")
     for encoder in base.text_encoders if text else ():
         encoder.to("cpu")
 

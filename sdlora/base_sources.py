@@ -7,6 +7,7 @@ is used as it is, without a request.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Source:
 
     Args:
         part: opens one, by its name and in the number format given.
+        shell: the same without weights.
+        digest: SHA-256 of a part's tensors as they lie on the disk.
         tokenizers: the folder of each text encoder's tokenizer.
         pads: what follows the end of a prompt for each, where its own files do not say.
         schedule: the scheduler's config.
@@ -38,6 +41,8 @@ class Source:
     """
 
     part: Callable[[str, torch.dtype], Any]
+    shell: Callable[[str], Any]
+    digest: Callable[[str], str]
     tokenizers: tuple[Path, ...]
     pads: tuple[str | None, ...]
     schedule: dict[str, Any]
@@ -62,6 +67,13 @@ def of_folder(folder: Path, *, name: str, family: str, tokenizer: str | None, de
     """
     where = f"Base '{name}'"
 
+    def shell(kind: str) -> Any:
+        base_parts.files(folder / kind, part=kind, half=False)  # its weights must be there too
+        return base_parts.empty(base_parts.config(folder / kind / "config.json"), part=kind, where=where)
+
+    def digest(kind: str) -> str:
+        return "".join(weights_file.digest(path) for path in base_parts.files(folder / kind, part=kind, half=half and kind != "vae"))
+
     def part(kind: str, dtype: torch.dtype) -> Any:
         module = base_parts.empty(base_parts.config(folder / kind / "config.json"), part=kind, where=where)
         tensors = base_parts.tensors(base_parts.files(folder / kind, part=kind, half=dtype in HALF))
@@ -72,6 +84,8 @@ def of_folder(folder: Path, *, name: str, family: str, tokenizer: str | None, de
     pads = tokenizer_files.PADDING.get(family, (None,)) if given else (None, None)
     return Source(
         part=part,
+        shell=shell,
+        digest=digest,
         tokenizers=(given, given) if given else (folder / "tokenizer", folder / "tokenizer_2"),
         pads=pads,
         schedule=base_parts.schedule(base_parts.config(folder / "scheduler" / "scheduler_config.json"), where=where),
@@ -153,6 +167,12 @@ def of_file(path: Path, header: Header, *, family: str, configs: str, tokenizer:
     """
     places = _places(path, header, family)
 
+    def shell(kind: str) -> Any:
+        return _shell(path, header, places.get(kind, {}), kind=kind, configs=configs)
+
+    def digest(kind: str) -> str:
+        return weights_file.digest(path, only=places[kind])
+
     def part(kind: str, dtype: torch.dtype) -> Any:
         return _part(path, header, places.get(kind, {}), kind=kind, configs=configs, device=device, dtype=dtype)
 
@@ -161,7 +181,7 @@ def of_file(path: Path, header: Header, *, family: str, configs: str, tokenizer:
         schedule["rescale_betas_zero_snr"] = True
     folder = tokenizer_files.for_checkpoint(path, tokenizer)
     scaling = checkpoint_configs.of_family(configs, "vae")["scaling_factor"]
-    return Source(part, (folder, folder), tokenizer_files.PADDING[family], schedule, scaling, (path,))
+    return Source(part, shell, digest, (folder, folder), tokenizer_files.PADDING[family], schedule, scaling, (path,))
 
 
 def _places(path: Path, header: Header, family: str) -> dict[str, dict[str, Place]]:
@@ -180,6 +200,13 @@ def _places(path: Path, header: Header, family: str) -> dict[str, dict[str, Plac
 def _part(
     path: Path, header: Header, places: Mapping[str, Place], *, kind: str, configs: str, device: torch.device, dtype: torch.dtype
 ) -> Any:
+    module, named = _shell(path, header, places, kind=kind, configs=configs), _named(path, places)
+    if kind.startswith("text_encoder"):
+        named = _asked(named, module)
+    return base_parts.filled(module, named, where=f"{path} ({kind})", device=device, dtype=dtype)
+
+
+def _shell(path: Path, header: Header, places: Mapping[str, Place], *, kind: str, configs: str) -> Any:
     if not places:
         hint = "give one as the VAE beside it" if kind == "vae" else "give a whole checkpoint"
         raise UserError(f"{path} brings no {kind}; {hint}.")
@@ -189,11 +216,7 @@ def _part(
         config = checkpoint_configs.fitted(checkpoint_configs.of_family(configs, kind), shapes, part=kind)
     except (KeyError, ValueError, IndexError) as problem:
         raise UserError(f"{path} has a {kind} that cannot be understood ({problem}); it is incomplete or of another kind.") from problem
-    module = base_parts.empty(config, part=kind, where=str(path))
-    named = _named(path, places)
-    if kind.startswith("text_encoder"):
-        named = _asked(named, module)
-    return base_parts.filled(module, named, where=f"{path} ({kind})", device=device, dtype=dtype)
+    return base_parts.empty(config, part=kind, where=str(path))
 
 
 def _named(path: Path, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor]]:
@@ -235,6 +258,15 @@ def other_vae(name: str, *, scaling: float, device: torch.device) -> Any:
     module = base_parts.empty(config, part="vae", where=f"VAE '{name}'")
     named = base_parts.modern_vae(base_parts.tensors(base_parts.files(folder, part="vae", half=False)), where=f"VAE '{name}'")
     return base_parts.filled(module, named, where=f"VAE '{name}'", device=device, dtype=torch.float32)
+
+
+def state_digest(module: Any) -> str:
+    """SHA-256 of a module's tensors as they are in memory."""
+    told = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
 def _hub_vae(name: str) -> Path:

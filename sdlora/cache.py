@@ -126,13 +126,13 @@ def _latents_key(base: Base, view: View, background: tuple[int, int, int]) -> st
     mask = view.mask if view.mask is None or isinstance(view.mask, str) else files.sha256(view.mask)
     return _key(
         "latents", picture=files.sha256(view.picture), mask=mask, fit=asdict(view.fit), flipped=view.flipped, background=background,
-        vae=getattr(base, "vae_hash", ""), reduction=base.reduction, scaling=base.scaling,
+        vae=base.vae_hash, reduction=base.reduction, scaling=base.scaling,
     )  # fmt: skip
 
 
 def _text_key(base: Base, one: Tokens) -> str:
     ids = [each.flatten().tolist() for each in one.ids]
-    return _key("text", ids=ids, encoders=getattr(base, "text_hash", ""), clip_skip=base.clip_skip, dtype=str(base.dtype), family=base.family)
+    return _key("text", ids=ids, encoders=base.text_hash, clip_skip=base.clip_skip, dtype=str(base.dtype), family=base.family)
 
 
 def _key(kind: str, **parts: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import UserError
@@ -31,13 +32,19 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes.
+    """SHA-256 of a file's bytes, remembered as long as the process lives and the file has the same size and time.
 
     Raises:
         UserError: if it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        return _sha256(path, stat.st_size, stat.st_mtime_ns)
     except OSError as problem:
         raise UserError(f"{path} cannot be read ({problem.strerror}); look whether it is still there.") from problem
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, written_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,10 +8,12 @@ under any name: opening one can run its author's code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,26 @@ def header(path: Path, *, limit_bytes: int = CHECKPOINT_HEADER_BYTES) -> Header:
     tensors = {name: _entry(path, name, value) for name, value in fields.items()}
     _check_spans(path, tensors, data_bytes=size - 8 - length)
     return Header(tensors, metadata, 8 + length)
+
+
+def digest(path: Path, *, only: Container[str] | None = None) -> str:
+    """SHA-256 of all tensors of a file, or of some by name, with their names, dtypes and shapes; the rest of a checkpoint is not read.
+
+    Raises:
+        UserError: as `header` does.
+    """
+    checked, told = header(path), hashlib.sha256()
+    with path.open("rb") as file:
+        for name, entry in sorted(checked.tensors.items()):
+            if only is not None and name not in only:
+                continue
+            told.update(f"{name} {entry.dtype} {entry.shape} ".encode())
+            file.seek(checked.data_start + entry.start)
+            left = entry.end - entry.start
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                told.update(block)
+                left -= len(block)
+    return told.hexdigest()
 
 
 def read(path: Path, *, limit_bytes: int = LORA_HEADER_BYTES, finite: bool = True) -> Weights:

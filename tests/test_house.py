@@ -12,13 +12,13 @@ HOUSE = (
     ),
     (
         "disk and models",
-        "config dataset data_folders caption_tables kohya_toml views weights_file lora_formats lora_layouts lora_file base_model base_kinds "
-        "base_parts base_files checkpoint_keys checkpoint_configs hub tokenizer_files text text_embeddings latents "
+        "caption_findings picture_findings config dataset data_folders caption_tables kohya_toml views weights_file lora_formats lora_layouts lora_file base_model base_kinds "
+        "base_parts base_sources base_files checkpoint_keys checkpoint_configs hub tokenizer_files text text_embeddings latents "
         "mini.tokens mini.reader mini.lead",
     ),
     (
         "rooms",
-        "cache generate run_folder material adapters result dataset_report contact_sheet lora_tools lora_merge lora_extract bake "
+        "cache generate run_folder material adapters result regularisation recipes dataset_report contact_sheet lora_tools lora_merge lora_extract bake "
         "mini.pretrain mini.examples",
     ),
     ("stories", "train compare mini.evaluate"),
