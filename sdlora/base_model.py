@@ -174,12 +174,35 @@ def stems(base: Base) -> dict[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class LoRAFit:
-    """How a LoRA file sits in a base: where its modules belong, which have no place, which have another shape, and why it does not fit."""
+    """How a LoRA file sits in a base: where its modules belong, which have no place, and which have another shape there."""
 
     places: dict[str, tuple[str, str]]
     homeless: tuple[str, ...]
     misshapen: tuple[str, ...]
-    why_not: str | None
+
+    @property
+    def why_not(self) -> str | None:
+        """Why nothing of it can be used, in words that go on after "does not fit"; None if it can."""
+        every = len(self.places) + len(self.homeless)
+        if self.misshapen:
+            return f"{len(self.misshapen)} of its {every} modules have another shape there (such as {self.misshapen[0]}); {_ELSEWHERE}"
+        if not self.places:
+            return f"none of its {every} modules is there (such as {self.homeless[0]}); {_ELSEWHERE}"
+        return None
+
+    @property
+    def sentence(self) -> str:
+        """How many modules matched, and which did not."""
+        every = len(self.places) + len(self.homeless)
+        said = f"{len(self.places) - len(self.misshapen)} of {every} modules match"
+        return said + (f"; not in the base: {_some(self.homeless)}" if self.homeless else "")
+
+
+_ELSEWHERE = "it was made for another family or another kind of model"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def fit(base: Base, modules: Mapping[str, Update]) -> LoRAFit:
@@ -190,16 +213,9 @@ def fit(base: Base, modules: Mapping[str, Update]) -> LoRAFit:
     """
     known = stems(base)
     places = {stem: known[stem] for stem in modules if stem in known}
-    homeless = tuple(sorted(set(modules) - set(places)))
     words = {stem: lora.misfit(base.parts[part], name, modules[stem]) for stem, (part, name) in places.items()}
     misshapen = tuple(f"{stem} {why}" for stem, why in words.items() if why)
-    reasons = []
-    if homeless:
-        reasons.append(f"{len(homeless)} of its {len(modules)} modules are not in it (such as {homeless[0]})")
-    if misshapen:
-        reasons.append(f"{len(misshapen)} of its {len(modules)} modules have another shape (such as {misshapen[0]})")
-    why_not = f"{' and '.join(reasons)}; it was made for another family or another kind of model" if reasons else None
-    return LoRAFit(places, homeless, misshapen, why_not)
+    return LoRAFit(places, tuple(sorted(set(modules) - set(places))), misshapen)
 
 
 def weights_hash(base: Base) -> str:

@@ -161,18 +161,22 @@ def compare(
 @cli.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="a LoRA file")],
+    base: Annotated[str | None, typer.Option(help="also say whether it fits this base, and which modules do not")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Says what a LoRA file holds: family, rank, alpha, modules, trigger words, hashes."""
-    from sdlora import lora_file
+    """Says what a LoRA file holds: family, rank, alpha, modules, trigger words, hashes; and whether it fits a base."""
+    from sdlora import base_model, lora_file
 
     facts = lora_file.facts(file)
+    if base is not None:
+        fit = base_model.fit(_open_base(base, []), lora_file.read(file).modules)
+        facts |= {"fits": fit.why_not is None, "matches": fit.sentence, "why_not": fit.why_not or ""}
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for key, value in facts.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{count} in {part.replace('_', ' ')}" for part, count in value.items())
+            value = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in value.items())
         console.print(f"[bold]{key.replace('_', ' '):14}[/] {value}", highlight=False, soft_wrap=True)
 
 

@@ -96,14 +96,13 @@ def load_lora(base: Base, one: LoRA) -> None:
 
 
 def _attach(base: Base, path: Path, name: str) -> None:
-    """Adapters for every module of the file; nothing is attached unless all fit."""
+    """Adapters for every module of the file that the base has; nothing is attached if one has another shape, or none is there."""
     file = lora_file.read(path)
     fits = base_model.fit(base, file.modules)
     if fits.why_not:
         raise UserError(f"{path} does not fit base '{base.name}': {fits.why_not}.")
-    for stem, update in file.modules.items():
-        part, module_name = fits.places[stem]
-        lora.attach(base.parts[part], module_name, update, adapter=name)
+    for stem, (part, module_name) in fits.places.items():
+        lora.attach(base.parts[part], module_name, file.modules[stem], adapter=name)
 
 
 def set_loras(base: Base, loras: list[LoRA]) -> None:

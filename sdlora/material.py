@@ -65,7 +65,8 @@ def find_or_refuse(run: Config) -> Found:
     if stops:
         more = f" ({len(stops) - 1} more: sdlora check says which)" if len(stops) > 1 else ""
         where = f"{stops[0].path}: " if stops[0].path else ""
-        raise UserError(f"{where}{stops[0].what} {stops[0].advice}{more}")
+        advice = stops[0].advice[:1].lower() + stops[0].advice[1:]
+        raise UserError(f"{where}{stops[0].what.removesuffix('.')}; {advice}{more}")
     if not found.samples:
         raise UserError("The data folders hold no picture that can be trained on; name a folder of pictures with captions.")
     return found

@@ -173,9 +173,9 @@ def bad(tmp_path: Path, config_path: Path, pictures: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("data=nowhere", "Data folder .*nowhere does not exist; it should hold pictures"),
-        ("data={bad}/empty", "empty holds no pictures; .*png.* are read"),
-        ("data={bad}/no-caption", "a.png has no caption; write what it shows into a.txt"),
+        ("data=nowhere", "nowhere: There is no such folder that can be opened; name a folder"),
+        ("data={bad}/empty", "empty: The data folder holds no picture that can be used; put pictures into it; .*png.* are read"),
+        ("data={bad}/no-caption", "a.png: The picture has no caption; write what it shows into a.txt"),
         ("data={bad}/unreadable", "a.png cannot be read .*; save it anew"),
         ("stepz=3", "unknown key 'stepz'; the nearest valid key is 'steps'"),
         ("lora.rang=3", "unknown key 'lora.rang'; the nearest valid key is 'rank'"),
@@ -197,12 +197,12 @@ def test_a_mistake_in_a_run_gets_one_sentence_and_exit_code_2(bad: Path, config_
     [
         (["train", "nowhere.toml"], "Config nowhere.toml does not exist"),
         (["train", "{bad}/not-toml.toml"], "not-toml.toml is not valid TOML"),
-        (["inspect", "{bad}/pickle.ckpt"], "pickle.ckpt is not a .safetensors file; pickles can run code"),
+        (["inspect", "{bad}/pickle.ckpt"], "pickle.ckpt is a pickle, which can run code"),
         (["inspect", "{bad}/nothing.safetensors"], "nothing.safetensors does not exist"),
         (["generate", "--base", "sd9", "--prompt", "x"], "Base 'sd9' is unknown"),
-        (["generate", "--base", "{tiny}", "--prompt", "x", "--lora", "{bad}/pickle.ckpt"], "pickles can run code"),
+        (["generate", "--base", "{tiny}", "--prompt", "x", "--lora", "{bad}/pickle.ckpt"], "is a pickle, which can run code"),
         (["generate", "--prompt", "x", "--size", "big"], "--size big: give width and height in pixels"),
-        (["generate", "--base", "{tiny}", "--prompt", "x", "--size", "33x32"], "must be multiples of 4 px"),
+        (["generate", "--base", "{tiny}", "--prompt", "x", "--size", "33x32"], "must be multiples of 2 px"),
         (["generate", "--base", "{tiny}", "--prompt", "x", "--sampler", "Eular"], "Sampler 'Eular' is unknown; there are DPM"),
         (["generate", "--prompt", "x", "--lora", "a.safetensors:9"], "9 is out of range; give a number from -2 to 2"),
         (["compare", "--prompt", "x", "--lora", "a.safetensors", "--out", "sheet.jpg"], "give a name that ends in .png"),

@@ -141,7 +141,7 @@ def test_a_lora_that_does_not_fit_and_a_bad_size_get_one_sentence(tiny_base: Pat
     foreign = Update(LowRank(torch.zeros(2, 5), torch.zeros(5, 2), 2.0))
     fitting = next(stem for stem in base_model.stems(base) if stem.endswith("to_q"))
     for stem, sentence in (
-        ("lora_unet_down_blocks_7_attentions_0_proj_in", "1 of its 1 modules are not in it"),
+        ("lora_unet_down_blocks_7_attentions_0_proj_in", "none of its 1 modules is there"),
         (fitting, r"is \[5, 5\] in the file"),
     ):
         path = tmp_path / "foreign.safetensors"

@@ -65,7 +65,7 @@ def order_of(
     if seed is None:
         raise UserError("The seed is empty; give a whole number from 0 up, or press 'New seed'.")
     if not (base or "").strip():
-        raise UserError('The base model is empty; give "mini" or a folder with a diffusers pipeline.')
+        raise UserError('The base model is empty; give "mini", a diffusers folder, a .safetensors checkpoint, or a hub name.')
     width, height = size_of(size)
     request = Request(prompt or "", negative or "", int(seed), int(steps), float(guidance), sampler, width, height)
     ids, strengths = slots[: len(slots) // 2], slots[len(slots) // 2 :]
@@ -168,11 +168,11 @@ def check_loras(studio: Studio, base: str, *slots: Any) -> str:
     """Says whether the chosen LoRAs fit the base, and if not, why."""
     try:
         paths = [studios.lora_path(studio, key) for key in slots if key]
-        studios.check_loras(studio, base.strip(), paths)
+        fits = studios.check_loras(studio, base.strip(), paths)
     except UserError as problem:
         return message(str(problem), kind="bad")
-    names = ", ".join(path.stem for path in paths)
-    return message(f"{names}: fits base '{base}'." if paths else "Ready. No LoRA is chosen.")
+    told = ". ".join(f"{path.stem}: {fit}" for path, fit in zip(paths, fits, strict=True))
+    return message(f"{told}." if paths else "Ready. No LoRA is chosen.")
 
 
 def look_again(studio: Studio, *slots: Any) -> list[Any]:

@@ -122,7 +122,7 @@ def _settings(base: str) -> dict[str, Any]:
             )
         made["base"] = gr.Dropdown(
             list(dict.fromkeys(["mini", base])), value=base, allow_custom_value=True, label="Base model", elem_id="base",
-            info="mini comes with the program. Or type the path of a folder with a diffusers pipeline.",
+            info="mini comes with the program. Or type the path of a diffusers folder or a .safetensors checkpoint, or a hub name.",
         )  # fmt: skip
     return made
 

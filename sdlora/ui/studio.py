@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora import base_files, devices, files, generate, lora
+from sdlora import base_files, base_model, devices, files, generate, lora, lora_file
 from sdlora.base_model import Base
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
@@ -135,8 +135,11 @@ def open_base(studio: Studio, name: str) -> int:
         return use_base(studio, name).resolution_px
 
 
-def check_loras(studio: Studio, base: str, paths: list[Path]) -> None:
+def check_loras(studio: Studio, base: str, paths: list[Path]) -> list[str]:
     """Puts the files into the base, silent, so that one that does not fit is known before anything is drawn.
+
+    Returns:
+        For each file how many of its modules matched, and which did not.
 
     Raises:
         UserError: if a file cannot be read or does not fit the base.
@@ -145,6 +148,7 @@ def check_loras(studio: Studio, base: str, paths: list[Path]) -> None:
         loaded = use_base(studio, base)
         _forget_changed(studio, loaded, paths)
         generate.set_loras(loaded, [LoRA(path, 0.0) for path in paths])
+        return [base_model.fit(loaded, lora_file.read(path).modules).sentence for path in paths]
 
 
 def _forget_changed(studio: Studio, base: Base, paths: list[Path]) -> None:
