@@ -117,6 +117,23 @@ def _identity_of_folder(name: str, form: str, folder: Path, *, half: bool, famil
     return Identity(form, found if family == "auto" else family, stated if prediction == "auto" else prediction, variant, whose)
 
 
+def sizes_of(name: str) -> tuple[int, int]:
+    """The step of training sizes that suits a base, and the side of the square it was trained on, in px; from configs alone.
+
+    Raises:
+        UserError: as `identify`.
+    """
+    identity = identify(name)
+    if identity.form == "single file":
+        configs = "sd2-v" if identity.family == "sd2" and identity.prediction != "epsilon" else identity.family
+        unet, vae = (checkpoint_configs.of_family(configs, part) for part in ("unet", "vae"))
+    else:
+        folder = base_sources.hub_folder(name, half=False, weights=False) if identity.form == "hub" else folder_of(name)
+        unet, vae = (base_parts.config(folder / part / "config.json") for part in ("unet", "vae"))
+    reduction = 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(reduction * 2 ** (len(unet["block_out_channels"]) - 1)), int(unet["sample_size"]) * reduction
+
+
 # --- opening it ---------------------------------------------------------------------------------------------------------------
 
 

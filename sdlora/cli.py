@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdlora.cli_tools import number, tools, with_numbers
 from sdlora.errors import UserError
 from sdlora.progress import console, progress
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sdlora.generate import LoRA, Request
 
 cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
+cli.add_typer(tools)
 
 BaseName = Annotated[str, typer.Option(help="mini, a diffusers folder, a .safetensors checkpoint, or a hub name")]
 VAE = Annotated[str | None, typer.Option("--vae", help="another autoencoder: a folder or a .safetensors file")]
@@ -142,19 +144,19 @@ def compare(
 ) -> None:
     """Draws a sheet: prompts as rows, no LoRA and each LoRA at each strength as columns, same seed in all."""
     from sdlora import compare as sheets
-    from sdlora import files
+    from sdlora import files, images
 
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: the sheet is a PNG; give a name that ends in .png.")
     if out.exists():
         raise UserError(f"--out {out} exists already; give another name, or move it away.")
     paths = [_lora(one).path for one in lora]
-    columns = sheets.columns(paths, [_number(one, "--strengths", -2, 2) for one in strengths.split(",")])
+    columns = sheets.columns(paths, [number(one, "--strengths", -2, 2) for one in strengths.split(",")])
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
     opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     with progress() as bar:
         sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
-    files.write(out, sheets.png_bytes(sheet))
+    files.write(out, images.png_bytes(sheet))
     console.print(f"The sheet: [bold]{out}[/]", soft_wrap=True)
 
 
@@ -208,24 +210,12 @@ def main() -> None:
 # --- from words to values -----------------------------------------------------------------------------------------------------
 
 
-def _number(words: str, option: str, low: float, high: float) -> float:
-    try:
-        value = float(words)
-    except ValueError:
-        raise UserError(f"{option}: '{words}' is not a number; give one from {low:g} to {high:g}.") from None
-    if not low <= value <= high:
-        raise UserError(f"{option}: {words} is out of range; give a number from {low:g} to {high:g}.")
-    return value
-
-
 def _lora(words: str) -> LoRA:
-    """`FILE`, `FILE:STRENGTH` or `FILE:STRENGTH:TEXT_STRENGTH`; a colon in the file's own name is left alone."""
+    """`FILE`, `FILE:STRENGTH` or `FILE:STRENGTH:TEXT_STRENGTH`."""
     from sdlora.generate import LoRA
 
-    found = re.fullmatch(r"(.+?\.safetensors)((?::[^:]*){0,2})", words, re.IGNORECASE)
-    name, numbers = (found[1], found[2].split(":")[1:]) if found else (words, [])
-    values = [_number(one, f"--lora {words}", -2, 2) for one in numbers]
-    return LoRA(Path(name), *values)
+    path, values = with_numbers(words, "--lora")
+    return LoRA(path, *values)
 
 
 def _request(words: str, negative: str, seed: int, steps: int, guidance: float, sampler: str, size: str | None) -> Request:
@@ -275,6 +265,14 @@ def _train(run: Config, folder: Path) -> Path:
     with progress() as bar, _ctrl_c_asks_to_stop(folder):
         for event in story.train(run, folder):
             match event:
+                case events.Checking(done, total):
+                    bar.show("looking at pictures", done, total)
+                case events.Checked():
+                    for line in event.lines:
+                        if line.startswith(("warns", "notes")):
+                            bar.print(line)
+                case events.Drawing(done, total):
+                    bar.show("drawing regularisation pictures", done, total)
                 case events.Encoding(done, total):
                     bar.show("encoding pictures", done, total)
                 case events.Started():

@@ -6,7 +6,6 @@ whether a LoRA did anything can only be judged beside it.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +70,6 @@ def arrange(cells: list[list[Image.Image]], rows: list[str], across: list[str]) 
         for column, image in enumerate(images):
             sheet.paste(_enlarged(image), (LABEL_PX + GAP_PX + column * (width + GAP_PX), top))
     return sheet
-
-
-def png_bytes(sheet: Image.Image) -> bytes:
-    """The sheet as PNG."""
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -190,6 +190,14 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
     return run.model_copy(update={"data": [_found(one, path.parent) for one in run.data]})
 
 
+def is_run(path: Path) -> bool:
+    """Whether a TOML file is a run rather than a dataset of sd-scripts; what is no TOML is left to `load` to say."""
+    try:
+        return not {"datasets", "general"} & set(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        return True
+
+
 def parse(values: dict[str, Any], *, where: str) -> Config:
     """A config from plain values.
 

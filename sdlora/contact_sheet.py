@@ -127,7 +127,7 @@ def _cell(path: Path, items: list[Item], caption: str, findings: list[Finding], 
 
 def _seen(path: Path, views: Sequence[View]) -> Image.Image:
     """The whole picture, with what no view shows veiled and what the mask leaves out tinted."""
-    with picture_findings.opened(path) as opened:
+    with picture_findings.opened(path, side_px=2 * PICTURE_PX) as (_, opened):
         small = ImageOps.contain(opened.image, (PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
         mask = _mask(views[0], opened, small.size) if views else None
     if not views:

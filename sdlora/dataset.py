@@ -33,6 +33,7 @@ class Sample:
         repeats: at least 1.
         mask: greyscale picture of the same size that says where the loss counts.
         source: number of the data entry in the config that it comes from.
+        alpha_mask: whether the picture's own alpha channel is the mask, if no other is given.
     """
 
     picture: Path
@@ -40,6 +41,7 @@ class Sample:
     repeats: int = 1
     mask: Path | None = None
     source: int = 0
+    alpha_mask: bool = False
 
     @property
     def caption(self) -> str:

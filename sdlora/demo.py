@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdlora import base_files, compare, config, devices, files
+from sdlora import base_files, compare, config, devices, files, images
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.generate import Request
@@ -46,5 +46,5 @@ def sheet(run: Config, lora: Path, out: Path) -> Iterator[tuple[int, int] | Path
         if isinstance(item, tuple):
             yield item
         else:
-            files.write(out, compare.png_bytes(item))
+            files.write(out, images.png_bytes(item))
             yield out

@@ -7,6 +7,21 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Checking:
+    """The doctor has looked at a picture."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the doctor found, in sentences, the worst first; nothing of it stops the run."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A regularisation picture was drawn, or found from an earlier run."""
 
@@ -76,4 +91,4 @@ class Done:
     elapsed_s: float
 
 
-Event = Drawing | Encoding | Started | Step | Saved | Sampled | Stopped | Done
+Event = Checking | Checked | Drawing | Encoding | Started | Step | Saved | Sampled | Stopped | Done

@@ -64,18 +64,24 @@ class Opened:
     notes: tuple[str, ...] = ()
 
 
-def open_picture(path: Path, *, background: tuple[int, int, int] = BACKGROUND, limit_px: int = LIMIT_PX) -> Opened:
+def open_picture(
+    path: Path, *, background: tuple[int, int, int] = BACKGROUND, limit_px: int = LIMIT_PX, enough_px: tuple[int, int] | None = None
+) -> Opened:
     """The picture as RGB in sRGB, turned as its EXIF says, transparency laid on the background.
 
     Args:
         background: red, green, blue, 0 to 255.
         limit_px: width times height that is still decoded.
+        enough_px: width and height, before any turn, below which a JPEG need not be decoded: it comes at a half, a quarter or an
+            eighth of its size where that is enough, in a third of the time.
 
     Raises:
         UserError: if it cannot be read to its last byte, is none of the kinds above, or is larger than the limit.
     """
     with _picture_file(path, limit_px=limit_px) as file:
         _check_size(file, path, limit_px=limit_px)
+        if enough_px is not None:
+            file.draft(None, enough_px)  # changes JPEG alone
         file.load()
         notes = [*_notes_on_file(file, path)]
         turn = _turn(file, notes)
@@ -164,6 +170,13 @@ def mask_tensor(mask: Image.Image, *, height: int, width: int) -> Tensor:
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture → [3, H, W] floats from -1 to 1, as the autoencoder takes them."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -5,15 +5,17 @@ All of it is a function of the config and the files: nothing here depends on how
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from sdlora import captions, data_folders, dataset, files, images, views
+from sdlora import captions, data_folders, dataset, dataset_report, files, images, views
 from sdlora.captions import CaptionRules
 from sdlora.config import Config, FolderConfig
 from sdlora.dataset import Finding, Sample, Visit
+from sdlora.dataset_report import Report
 from sdlora.errors import UserError
 from sdlora.views import Item
 
@@ -54,22 +56,48 @@ def find(run: Config) -> Found:
     return Found(tuple(samples[i] for i in kept), tuple(samples[i] for i in out), findings)
 
 
+def examined(
+    run: Config, found: Found, *, grain_px: int, resolution_px: int, token_count: Callable[[str], int] | None = None
+) -> Iterator[tuple[int, int] | Report]:
+    """The doctor's look at what was found: (done, total) after each picture, and at the end the report.
+
+    Args:
+        grain_px, resolution_px: as for `material`.
+        token_count: of a text by the base's tokenizer.
+    """
+    return dataset_report.examine(
+        found.samples, found.findings, rules=all_rules(run), kind=run.kind, batch=run.batch * run.optimizer.accumulation,
+        resolutions_px=resolutions(run, resolution_px), step_px=step(run, grain_px), most_aspect=run.sizes.most_aspect,
+        most_shapes=run.sizes.most_shapes, upscale=run.sizes.upscale, crop=run.sizes.crop, held_out=found.held_out,
+        regularisation=[i for i, folder in enumerate(run.data) if folder.regularisation], token_count=token_count,
+    )  # fmt: skip
+
+
 def find_or_refuse(run: Config) -> Found:
-    """The same for training.
+    """What was found, for training.
+
+    Raises:
+        UserError: as `refuse`, or if there is nothing to train on.
+    """
+    found = find(run)
+    refuse(found.findings)
+    if not found.samples:
+        raise UserError("The data folders hold no picture that can be trained on; name a folder of pictures with captions.")
+    return found
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Ends a run that cannot go well.
 
     Raises:
         UserError: with the first finding that stops, and how many more there are.
     """
-    found = find(run)
-    stops = [one for one in found.findings if one.severity == "stops"]
+    stops = [one for one in findings if one.severity == "stops"]
     if stops:
         more = f" ({len(stops) - 1} more: sdlora check says which)" if len(stops) > 1 else ""
         where = f"{stops[0].path}: " if stops[0].path else ""
         advice = stops[0].advice[:1].lower() + stops[0].advice[1:]
         raise UserError(f"{where}{stops[0].what.removesuffix('.')}; {advice}{more}")
-    if not found.samples:
-        raise UserError("The data folders hold no picture that can be trained on; name a folder of pictures with captions.")
-    return found
 
 
 def material(run: Config, samples: tuple[Sample, ...], *, grain_px: int, resolution_px: int) -> Material:
@@ -82,18 +110,31 @@ def material(run: Config, samples: tuple[Sample, ...], *, grain_px: int, resolut
     Raises:
         UserError: if a picture's size cannot be read, or a resolution does not suit the base.
     """
-    wanted = run.resolution_px or resolution_px
-    resolutions = [wanted] if isinstance(wanted, int) else wanted
-    step = run.sizes.step_px or min(SD_STEP_PX, grain_px)
     items = views.items(
-        samples, [images.size_of(one.picture) for one in samples], resolutions_px=resolutions, step_px=step, seed=run.seed,
+        samples, [images.size_of(one.picture) for one in samples], resolutions_px=resolutions(run, resolution_px),
+        step_px=step(run, grain_px), seed=run.seed,
         most_aspect=run.sizes.most_aspect, most_shapes=run.sizes.most_shapes, upscale=run.sizes.upscale, crop=run.sizes.crop,
         crops=run.sizes.crops, flip=run.sizes.flip,
     )  # fmt: skip
     starts = tuple(accumulate((item.repeats for item in items), initial=0))
-    by_folder = (*(rules(run, folder) for folder in run.data), CaptionRules())
     weights = (*(folder.weight for folder in run.data), run.regularisation_weight)
-    return Material(samples, items, by_folder, weights, starts)
+    return Material(samples, items, all_rules(run), weights, starts)
+
+
+def resolutions(run: Config, resolution_px: int) -> list[int]:
+    """Sides of the squares whose area the run's training sizes have; the base's own if the run names none."""
+    wanted = run.resolution_px or resolution_px
+    return [wanted] if isinstance(wanted, int) else wanted
+
+
+def step(run: Config, grain_px: int) -> int:
+    """The step of the run's training sizes."""
+    return run.sizes.step_px or min(SD_STEP_PX, grain_px)
+
+
+def all_rules(run: Config) -> tuple[CaptionRules, ...]:
+    """What is done to captions, by data folder; drawn regularisation pictures, last, are taken as they are."""
+    return (*(rules(run, folder) for folder in run.data), CaptionRules())
 
 
 def rules(run: Config, folder: FolderConfig) -> CaptionRules:
@@ -136,9 +177,9 @@ def caption_at(one: Material, visit: Visit, *, seed: int, epoch: int) -> str:
     )
 
 
-def plain_caption(one: Material, sample: Sample) -> str:
+def plain_caption(by_folder: Sequence[CaptionRules], sample: Sample) -> str:
     """A sample's caption as it would be without any chance in it."""
-    calm = replace(one.rules[sample.source], shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
+    calm = replace(by_folder[sample.source], shuffle=False, tag_dropout=0.0, caption_dropout=0.0)
     return captions.caption_at(sample.captions, calm, seed=0, epoch=0, index=0)
 
 
@@ -152,11 +193,13 @@ def everything_said(one: Material, *, batch: int, batches: int, seed: int) -> li
 
 
 def _scan(folder: FolderConfig, source: int) -> data_folders.Scan:
-    return data_folders.scan(
+    scan = data_folders.scan(
         folder.folder, repeats=folder.repeats, default_caption=folder.caption, captions_from_names=folder.captions_from_names,
         caption_lines=folder.caption_lines, caption_suffixes=folder.caption_suffixes, folder_names=folder.folder_names,
         sub_folders=folder.sub_folders, metadata=folder.metadata, masks=_masks(folder), source=source,
     )  # fmt: skip
+    samples = tuple(replace(sample, alpha_mask=folder.alpha_masks) for sample in scan.samples)
+    return data_folders.Scan(samples, scan.findings)
 
 
 def _untranslated(run: Config) -> tuple[Finding, ...]:

@@ -58,15 +58,19 @@ class Look:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[images.Opened]:
-    """`images.open_picture` for several threads: of pictures beyond 24 megapixels only one is in memory.
+def opened(path: Path, *, side_px: int) -> Iterator[tuple[tuple[int, int], images.Opened]]:
+    """Upright size and picture, for several threads: of pictures beyond 24 megapixels only one is in memory.
+
+    Args:
+        side_px: a JPEG comes with at least the area of this square, or with its own.
 
     Raises:
         UserError: as `images.open_picture` does.
     """
     width, height = images.size_of(path)
     with _ONE_LARGE if width * height > _LARGE_PX else nullcontext():
-        yield images.open_picture(path)
+        least = max(1.0, math.sqrt(width * height) / side_px)
+        yield (width, height), images.open_picture(path, enough_px=(round(width / least), round(height / least)))
 
 
 def look(path: Path, *, side_px: int) -> Look:
@@ -76,8 +80,8 @@ def look(path: Path, *, side_px: int) -> Look:
         side_px: side of the square of the training sizes' area.
     """
     try:
-        with opened(path) as one:
-            size_px, notes, reduced = one.image.size, one.notes, _reduced(one.image, side_px)
+        with opened(path, side_px=side_px) as (size_px, one):
+            notes, reduced = one.notes, _reduced(one.image, side_px)
         digest = files.sha256(path)
     except UserError as problem:
         return Look(path, (_unreadable(path, problem),))

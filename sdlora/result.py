@@ -52,7 +52,7 @@ def _folders(run: Config, data: Material) -> list[Folder]:
     found = []
     for source, folder in enumerate(run.data):
         samples = [sample for sample in data.samples if sample.source == source]
-        tags = Counter(tag for sample in samples for tag in captions.tags(materials.plain_caption(data, sample)))
+        tags = Counter(tag for sample in samples for tag in captions.tags(materials.plain_caption(data.rules, sample)))
         found.append(Folder(folder.folder.name, len(samples), folder.repeats, dict(sorted(tags.items()))))
     return found
 

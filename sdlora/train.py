@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from sdlora import (
     base_model,
     buckets,
     cache,
+    dataset_report,
     devices,
     files,
     generate,
@@ -40,7 +42,7 @@ from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
 from sdlora.dataset import Sample
 from sdlora.errors import UserError
-from sdlora.events import Done, Drawing, Encoding, Event, Sampled, Saved, Started, Step, Stopped
+from sdlora.events import Checked, Checking, Done, Drawing, Encoding, Event, Sampled, Saved, Started, Step, Stopped
 from sdlora.latents import Latents
 from sdlora.material import Material
 from sdlora.text import Tokens
@@ -62,7 +64,8 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
     Yields:
-        Encoding per view of a picture, Started, then Step, Saved and Sampled as they happen, and Done, or Stopped if asked to end.
+        Checking per picture and Checked, Drawing, Encoding per view of a picture, Started, then Step, Saved and Sampled as they
+        happen, and Done, or Stopped if asked to end.
 
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
@@ -74,7 +77,14 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     dtype = devices.base_dtype(device)
     accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
     base = open_base(run, device=device, dtype=dtype)
-    data = materials.material(run, found.samples, grain_px=base.grain_px, resolution_px=base.resolution_px)
+    sizes = {"grain_px": base.grain_px, "resolution_px": base.resolution_px}
+    for looked in materials.examined(run, found, token_count=partial(text.count, base), **sizes):
+        if isinstance(looked, dataset_report.Report):
+            materials.refuse(looked.findings)
+            yield Checked(tuple(dataset_report.lines(looked, batch=run.batch * run.optimizer.accumulation)))
+        else:
+            yield Checking(*looked)
+    data = materials.material(run, found.samples, **sizes)
     kept = cache.default_folder() if run.cache == "disk" else None
     if run.regularisation == "auto":
         asked = class_requests(run, data)
@@ -83,7 +93,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
             drawn.append(path)
             yield Drawing(len(drawn), len(asked))
         extra = [Sample(path, (request.prompt,), source=len(run.data)) for path, request in zip(drawn, asked, strict=True)]
-        data = materials.material(run, (*found.samples, *extra), grain_px=base.grain_px, resolution_px=base.resolution_px)
+        data = materials.material(run, (*found.samples, *extra), **sizes)
 
     seen: list[list[Latents]] = [[] for _ in data.items]
     owners = [i for i, item in enumerate(data.items) for _ in item.views]
@@ -196,7 +206,7 @@ def spoken(base: Base, speech: Speech, rows: Sequence[int]) -> TextStates:
 def class_requests(run: Config, data: Material) -> list[generate.Request]:
     """One picture of the class for each of the user's, of the same size and from the same caption."""
     own = [item for item in data.items if not run.data[data.samples[item.sample].source].regularisation]
-    captions = [class_caption(run, materials.plain_caption(data, data.samples[item.sample])) for item in own]
+    captions = [class_caption(run, materials.plain_caption(data.rules, data.samples[item.sample])) for item in own]
     return [
         regularisation.request(words, seed=run.seed + i, size_px=item.shape_px)
         for i, (words, item) in enumerate(zip(captions, own, strict=True))
@@ -280,7 +290,7 @@ def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:
 def draw_samples(base: Base, run: Config, folder: Path, data: Material, *, step: int, keep_text: bool) -> Sampled:
     """Draws the run's sample prompts with the adapters as they are; the same seeds at every step, so that steps can be compared."""
     chosen = (data.samples[0], data.samples[len(data.samples) // 2])
-    prompts = run.sample_prompts or [materials.plain_caption(data, sample) for sample in chosen]
+    prompts = run.sample_prompts or [materials.plain_caption(data.rules, sample) for sample in chosen]
     base_model.set_training(base, False)
     paths = []
     for number, prompt in enumerate(prompts):

@@ -81,8 +81,9 @@ def items(
             bucket = buckets.choose(size_px, table)
             places = [_place(seed, i, k) for k in range(crops)] if crop == "random" else [(0.5, 0.5)]
             fits = [buckets.fit(size_px, bucket, crop=crop, place=place, upscale=upscale, step_px=step_px) for place in places]
+            mask = sample.mask or ("alpha" if sample.alpha_mask else None)
             mirrors = (False, True) if flip else (False,)
-            views = [View(sample.picture, size_px, fit, mirrored, sample.mask) for fit in fits for mirrored in mirrors]
+            views = [View(sample.picture, size_px, fit, mirrored, mask) for fit in fits for mirrored in mirrors]
             found.append(Item(i, sample.repeats, tuple(views)))
     return tuple(found)
 

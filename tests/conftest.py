@@ -1,5 +1,6 @@
 """A tiny base with random weights and a folder of pictures, made once per session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.mini import pretrain, world
 from sdlora.mini.tokens import build_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that tests encode gets into the user's cache, nor out of it; child processes see the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

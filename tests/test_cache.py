@@ -225,9 +225,9 @@ def test_an_unreadable_picture_is_named_in_its_turn(base: Base, tmp_path: Path) 
     views = [view_of(noisy(tmp_path / f"{i}.png", i)) for i in range(4)]
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:200])
     seen = []
+    made = cache.latents(base, views, folder=None, background=WHITE)
     with pytest.raises(UserError, match=r"2\.png"):
-        for one in cache.latents(base, views, folder=None, background=WHITE):
-            seen.append(one)
+        seen.extend(made)
     assert len(seen) == 2
 
 

@@ -181,7 +181,7 @@ def bad(tmp_path: Path, config_path: Path, pictures: Path) -> Path:
         ("lora.rang=3", "unknown key 'lora.rang'; the nearest valid key is 'rank'"),
         ("steps='many'", r"'steps' is 'many' \(str\); input should be a valid integer"),
         ("lora.targets=everything", "LoRA targets 'everything' are unknown; presets are attn, attn-mlp"),
-        ("base=sd9", "Base 'sd9' is unknown; give \"mini\" or a folder"),
+        ("base=sd9", "Base 'sd9' is unknown; give \"mini\", a folder"),
         ("kind=thing", "'kind' is 'thing'.*'style' or 'character'"),
     ],
 )

@@ -24,7 +24,7 @@ def test_each_example_config_finds_its_pictures_and_every_caption_holds_the_trig
     samples = material.find_or_refuse(run).samples
     assert (run.kind, run.trigger, len(samples)) == (name, trigger, 30)
     data = material.material(run, samples, grain_px=16, resolution_px=64)
-    captions = [material.plain_caption(data, sample) for sample in samples]
+    captions = [material.plain_caption(data.rules, sample) for sample in samples]
     assert all(trigger in caption.replace(",", " ").split() for caption in captions)
     assert captions == [sample.caption for sample in samples], "the trigger word stands in the files"
     assert {item.shape_px for item in data.items} == {(64, 64)}

@@ -8,18 +8,18 @@ HOUSE = (
     ("ground", "errors devices files progress events mini.shapes"),
     (
         "pure parts",
-        "buckets captions images noise loss deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks mini.world",
+        "buckets captions images noise loss deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks recipes mini.world",
     ),
     (
         "disk and models",
-        "caption_findings picture_findings config dataset data_folders caption_tables kohya_toml views weights_file lora_formats lora_layouts lora_file base_model base_kinds "
-        "base_parts base_sources base_files checkpoint_keys checkpoint_configs hub tokenizer_files text text_embeddings latents "
-        "mini.tokens mini.reader mini.lead",
+        "config dataset data_folders caption_tables kohya_toml views caption_findings picture_findings weights_file lora_formats "
+        "lora_layouts lora_file base_model base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs hub "
+        "tokenizer_files text text_embeddings latents mini.tokens mini.reader mini.lead",
     ),
     (
         "rooms",
-        "cache generate run_folder material adapters result regularisation recipes dataset_report contact_sheet lora_tools lora_merge lora_extract bake "
-        "mini.pretrain mini.examples",
+        "cache generate run_folder dataset_report contact_sheet material adapters result regularisation lora_tools lora_merge "
+        "lora_extract bake mini.pretrain mini.examples",
     ),
     ("stories", "train compare mini.evaluate"),
     ("roof", "ui demo cli_tools cli __main__"),

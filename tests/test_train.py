@@ -20,10 +20,10 @@ def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     told = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
     assert [type(event).__name__ for event in told] == [
-        *["Encoding"] * 5, "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
+        *["Checking"] * 5, "Checked", *["Encoding"] * 5,
+        "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
     ]  # fmt: skip
-    started = told[5]
-    assert isinstance(started, events.Started)
+    started = next(one for one in told if isinstance(one, events.Started))
     assert (started.pictures, started.modules, started.steps) == (5, 7 * 8, 6)
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert names == {
