@@ -362,6 +362,11 @@ def test_nothing_is_written_over_and_what_cannot_be_written_is_said(
         UserError, match=r"sdxl\.safetensors does not fit base '.*sd1': \d+ of its \d+ modules are not in it \(such as .*\) and \d+"
     ):
         baked(str(bases["sd1"]), tmp_path / "out", LoRA(loras["sdxl"]))
+    mini = {"lora_unet_mid_block_resnets_0_conv1": Update(LowRank(drawn(2, 144, 3, 3), drawn(144, 2, 1, 1), 2.0))}
+    files.write(tmp_path / "mini.safetensors", lora_file.to_bytes(mini, {}, family="mini"))
+    with pytest.raises(UserError, match=r"cannot be written as one: it has no checkpoint layout; give a name for a folder"):
+        baked("mini", tmp_path / "out.safetensors", LoRA(tmp_path / "mini.safetensors"))
+    baked("mini", tmp_path / "baked-mini", LoRA(tmp_path / "mini.safetensors"))
     with pytest.raises(UserError, match=r"has strength 0; give a number other than 0"):
         baked(str(bases["sd1"]), tmp_path / "out", LoRA(loras["sd1"], 0.0))
     half = tuned(bases["sd1"], tmp_path / "half", dtype=torch.float16, parts=())
@@ -372,7 +377,14 @@ def test_nothing_is_written_over_and_what_cannot_be_written_is_said(
         baked(str(whole), tmp_path / "out")
     with pytest.raises(UserError, match=r"nothing to bake in"):
         last(bake.bake(str(bases["sd1"]), [], tmp_path / "out"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "link.safetensors", "there", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "baked-mini",
+        "half",
+        "link.safetensors",
+        "mini.safetensors",
+        "there",
+        "whole",
+    ]
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
