@@ -94,7 +94,7 @@ def test_a_changed_strength_draws_anew_beside_the_same_plain_picture_and_loads_n
 ) -> None:
     wild = key_of(place, "wild")
     first = press(place, *controls(tiny_base, wild, 1.0, count=2))
-    monkeypatch.setattr(base_model, "load", lambda *_, **__: pytest.fail("base loaded again"))
+    monkeypatch.setattr(base_files, "load", lambda *_, **__: pytest.fail("base loaded again"))
     monkeypatch.setattr(lora_file, "read", lambda path: pytest.fail("LoRA read again"))
     second = press(place, *controls(tiny_base, wild, -0.5, count=2))
     assert len(drawn_files(first, "with_lora")) == len(drawn_files(first, "without")) == 2
@@ -130,7 +130,7 @@ def test_the_picture_is_the_one_that_generate_draws_and_keeps_its_settings(place
         ({"seed": None}, "The seed is empty"),
         ({"seed": -1}, "Seed -1 is out of range"),
         ({"size": "big"}, "Size &#x27;big&#x27; is not understood"),
-        ({"size": "30x32"}, "multiples of 4 px"),
+        ({"size": "31x32"}, "multiples of 2 px"),
         ({"size": "99999x32"}, "too large"),
         ({"sampler": "Eular"}, "&#x27;Eular&#x27; is unknown"),
         ({"base": ""}, "base model is empty"),
@@ -149,7 +149,7 @@ def test_a_lora_that_does_not_fit_is_offered_and_says_why(place: Studio, tiny_ba
     foreign, wild = key_of(place, "<b>foreign"), key_of(place, "wild")
     said = generate_actions.check_loras(place, str(tiny_base), foreign, "")
     assert "&lt;b&gt;foreign.safetensors does not fit base" in said
-    assert "wild: fits base" in generate_actions.check_loras(place, str(tiny_base), wild, "")
+    assert "wild: 56 of 56 modules match" in generate_actions.check_loras(place, str(tiny_base), wild, "")
     assert "does not fit base" in press(place, *controls(tiny_base, foreign, 1.0))["status"]
     assert "chosen twice" in press(place, *controls(tiny_base, wild, wild, 1.0, 0.5))["status"]
     assert "no longer in" in press(place, *controls(tiny_base, "gone", 1.0))["status"]
@@ -283,7 +283,7 @@ def test_two_strengths_in_a_browser_give_two_pictures_beside_the_same_plain_one(
         expect(browser_page.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
         browser_page.locator("#lora-0 input").click()
         browser_page.get_by_role("option", name="wild").click()
-        expect(browser_page.locator("#status")).to_contain_text("wild: fits base", timeout=PATIENCE_MS)
+        expect(browser_page.locator("#status")).to_contain_text("wild: 56 of 56 modules match", timeout=PATIENCE_MS)
         full, plain = generate_at(browser_page, "1")
         half, same_plain = generate_at(browser_page, "0.5")
     assert len(full) == len(half) == len(plain) == 2
