@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--targets", default="attn-mlp")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--json", action="store_true", help="the figures as one line of JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -50,6 +51,9 @@ def main() -> None:
     write_pictures(options.out / "pictures", side_px=options.resolution)
     child = [sys.executable, "-m", "benchmarks.full_size_step", *sys.argv[1:], "--child"]
     figures = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    if options.json:
+        print(json.dumps(figures))
+        return
     for name, value in figures.items():
         print(f"{name:24} {value}")
 

@@ -188,13 +188,14 @@ def app(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     loras: Annotated[Path, typer.Option(help="folder whose LoRA files are listed")] = Path("runs"),
     outputs: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
+    data: Annotated[Path, typer.Option(help="folder whose folders of pictures can be looked at")] = Path("datasets"),
     base: BaseName = "mini",
     password: Annotated[str | None, typer.Option(envvar="SDLORA_PASSWORD", help="needed to listen beyond this machine")] = None,
 ) -> None:
     """Opens the page on which LoRAs are tried."""
     from sdlora.ui import page
 
-    page.launch(host=host, port=port, loras=loras, outputs=outputs, base=base, password=password)
+    page.launch(host=host, port=port, loras=loras, outputs=outputs, data=data, base=base, password=password)
 
 
 def main() -> None:

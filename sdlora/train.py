@@ -70,7 +70,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
-    began = time.monotonic()
+    began, began_s = time.monotonic(), time.time()
     run_folder.check_free(folder)
     found = materials.find_or_refuse(run)
     device = devices.best_device()
@@ -106,6 +106,8 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     added = adapters.add_lora(base, run)
     speech = listen(base, run, data, trains_text=any(part != "unet" for part in added), folder=kept)
     base_model.send_away(base, text=speech.states is not None)
+    if kept:
+        cache.trim(kept, since_s=began_s)
     trainable = adapters.parameters(base)
     adamw = optimizer.adamw(adapters.groups(base, run), weight_decay=run.optimizer.weight_decay)
     adamw = accelerator.prepare_optimizer(adamw, device_placement=False)

@@ -16,10 +16,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from sdlora.errors import UserError
-from sdlora.ui import generate_page
+from sdlora.ui import check_page, generate_page
 from sdlora.ui.studio import Studio
 
-LORAS, OUTPUTS = Path("runs"), Path("outputs")
+LORAS, OUTPUTS, DATA = Path("runs"), Path("outputs"), Path("datasets")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TITLE = """<h1>sdlora</h1><p>Draw with Stable Diffusion, and see what your LoRA changes.</p>"""
 CSS = """
@@ -52,16 +52,23 @@ CSS = """
 .pictures .caption-label { font-size: 0.75rem; padding: 1px 7px; opacity: 0.85; }
 .pictures img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .pictures.small img { image-rendering: pixelated; }
+.findings { list-style: none; padding: 0; margin: 8px 0 0; }
+.finding { padding: 8px 12px; margin: 0 0 6px; border-radius: 6px; overflow-wrap: anywhere; background: var(--block-background-fill); }
+.finding { border: 1px solid var(--border-color-primary); box-shadow: inset 4px 0 0 var(--border-color-primary); }
+.finding.bad { box-shadow: inset 4px 0 0 #dc2626; }
+.finding.busy { box-shadow: inset 4px 0 0 #d97706; }
+.finding.calm { box-shadow: inset 4px 0 0 #3b6fb5; }
 """
 
 
-def build(*, loras: Path, outputs: Path, base: str = "mini") -> gr.Blocks:
+def build(*, loras: Path, outputs: Path, data: Path = DATA, base: str = "mini") -> gr.Blocks:
     """The page, not yet listening.
 
     Args:
         loras: where LoRA files are looked for, at any depth.
         outputs: where pictures are saved; all files in it can be read from the page.
-        base: "mini" or a folder with a diffusers pipeline.
+        data: folders of pictures that can be looked at.
+        base: as for `base_files.load`.
 
     Raises:
         UserError: if the LoRA files lie inside the folder of pictures.
@@ -72,13 +79,17 @@ def build(*, loras: Path, outputs: Path, base: str = "mini") -> gr.Blocks:
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
-        parts = generate_page.layout(studio, base=base)
+        with gr.Tabs():
+            with gr.Tab("Draw", elem_id="tab-draw"):
+                parts = generate_page.layout(studio, base=base)
+            with gr.Tab("Check pictures", elem_id="tab-check"):
+                check_page.layout(data)
         generate_page.wire(studio, parts, demo)
     return demo
 
 
 def launch(
-    *, host: str = "127.0.0.1", port: int = 7860, loras: Path = LORAS, outputs: Path = OUTPUTS, base: str = "mini",
+    *, host: str = "127.0.0.1", port: int = 7860, loras: Path = LORAS, outputs: Path = OUTPUTS, data: Path = DATA, base: str = "mini",
     password: str | None = None, open_browser: bool = False, wait: bool = True,
 ) -> gr.Blocks:  # fmt: skip
     """Serves the page; returns when it is interrupted, or at once if `wait` is false.
@@ -92,7 +103,7 @@ def launch(
     """
     if host not in LOOPBACK and not password:
         raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
-    demo = build(loras=loras, outputs=outputs, base=base)
+    demo = build(loras=loras, outputs=outputs, data=data, base=base)
     try:
         demo.launch(
             server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,
