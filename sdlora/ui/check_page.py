@@ -51,9 +51,9 @@ def look(root: Path, folder: str, kind: str, trigger: str, resolution: float) ->
 def _summary(report: Report) -> str:
     counts = {severity: sum(one.severity == severity for one in report.findings) for severity in dataset_report.SEVERITIES}
     if counts["stops"]:
-        return message(f"{counts['stops']} findings must be mended before training.", kind="bad")
+        return message(f"Findings that must be mended before training: {counts['stops']}.", kind="bad")
     if counts["warns"]:
-        return message(f"{counts['warns']} warnings; a run would start.", kind="busy")
+        return message(f"A run would start. Warnings: {counts['warns']}.", kind="busy")
     return message("Nothing is wrong.", kind="good")
 
 
