@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from sdlora import adapters, base_files, cache, captions, config, devices, generate, lora, material, optimizer, result, train
+from sdlora import adapters, base_files, cache, captions, config, devices, generate, lora, material, optimizer, prepare, result, train
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
 from sdlora.material import Material
 from sdlora.mini import evaluate
+from sdlora.prepare import Prepared
 
 NAMES = {"base": "base", "lora": "LoRA", "full": "full fine-tuning"}
 
@@ -86,12 +87,12 @@ def batches(base: Base, run: Config) -> Callable[[int], Tensor]:
     data = data_of(base, run)
     views = [view for item in data.items for view in item.views]
     encoded = cache.latents(base, views, folder=None, background=run.sizes.background)
-    seen = [[next(encoded) for _ in item.views] for item in data.items]
-    speech = train.listen(base, run, data, trains_text=False, folder=None)
+    seen = tuple(tuple(next(encoded) for _ in item.views) for item in data.items)
+    ready = Prepared(base, data, seen, prepare.listen(base, run, data, trains_text=False, folder=None), 0)
     alphas = base.alphas
 
     def loss(step: int) -> Tensor:
-        batch = train.gather(run, data, seen, speech, base, batch_index=step)
+        batch = train.gather(run, ready, batch_index=step)
         return train.loss_of_batch(base, batch, alphas, run=run, batch_index=step)
 
     return loss

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +18,8 @@ from torch import Tensor
 
 from sdlora import (
     adapters,
-    base_files,
     base_model,
     buckets,
-    cache,
-    dataset_report,
     devices,
     files,
     generate,
@@ -32,7 +28,7 @@ from sdlora import (
     loss,
     noise,
     optimizer,
-    regularisation,
+    prepare,
     result,
     run_folder,
     text,
@@ -40,24 +36,11 @@ from sdlora import (
 from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
-from sdlora.dataset import Sample
 from sdlora.errors import UserError
-from sdlora.events import Checked, Checking, Done, Drawing, Encoding, Event, Sampled, Saved, Started, Step, Stopped
+from sdlora.events import Done, Event, Sampled, Saved, Started, Step, Stopped
 from sdlora.latents import Latents
 from sdlora.material import Material
-from sdlora.text import Tokens
-
-MOST_STATES = 4096  # texts that are encoded ahead; a run that hears more keeps its text encoder and encodes each batch
-
-
-@dataclass(frozen=True)
-class Speech:
-    """All that a run will hear: the row of each text, its tokens, and its states unless a text encoder is trained."""
-
-    rows: dict[str, int]
-    tokens: Tokens
-    states: TextStates | None
-    base_states: TextStates | None = None  # by the encoders as they came, for prior prediction
+from sdlora.prepare import Prepared, Speech
 
 
 def train(run: Config, folder: Path) -> Iterator[Event]:
@@ -70,58 +53,25 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
-    began, began_s = time.monotonic(), time.time()
+    began = time.monotonic()
     run_folder.check_free(folder)
-    found = materials.find_or_refuse(run)
     device = devices.best_device()
     dtype = devices.base_dtype(device)
     accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
-    base = open_base(run, device=device, dtype=dtype)
-    sizes = {"grain_px": base.grain_px, "resolution_px": base.resolution_px}
-    for looked in materials.examined(run, found, token_count=partial(text.count, base), **sizes):
-        if isinstance(looked, dataset_report.Report):
-            materials.refuse(looked.findings)
-            yield Checked(tuple(dataset_report.lines(looked, batch=run.batch * run.optimizer.accumulation)))
-        else:
-            yield Checking(*looked)
-    data = materials.material(run, found.samples, **sizes)
-    kept = cache.default_folder() if run.cache == "disk" else None
-    if run.regularisation == "auto":
-        asked = class_requests(run, data)
-        drawn = []
-        for path in regularisation.drawn(base, asked, (kept or folder) / cache.DRAWN):
-            drawn.append(path)
-            yield Drawing(len(drawn), len(asked))
-        extra = [Sample(path, (request.prompt,), source=len(run.data)) for path, request in zip(drawn, asked, strict=True)]
-        data = materials.material(run, (*found.samples, *extra), **sizes)
+    ready = yield from prepare.prepare(run, folder, device=device, dtype=dtype)
+    base, data, keep_text = ready.base, ready.data, ready.speech.states is None
 
-    seen: list[list[Latents]] = [[] for _ in data.items]
-    owners = [i for i, item in enumerate(data.items) for _ in item.views]
-    views = [view for item in data.items for view in item.views]
-    encoded = cache.latents(base, views, folder=kept, background=run.sizes.background)
-    for done, (owner, one) in enumerate(zip(owners, encoded, strict=True), start=1):
-        seen[owner].append(one.to(device))
-        yield Encoding(done, len(views))
-
-    added = adapters.add_lora(base, run)
-    speech = listen(base, run, data, trains_text=any(part != "unet" for part in added), folder=kept)
-    base_model.send_away(base, text=speech.states is not None)
-    if kept:
-        cache.trim(kept, since_s=began_s)
     trainable = adapters.parameters(base)
     adamw = optimizer.adamw(adapters.groups(base, run), weight_decay=run.optimizer.weight_decay)
     adamw = accelerator.prepare_optimizer(adamw, device_placement=False)
     base_model.set_training(base, True)
-
     run_folder.create(folder, run)
-    started = Started(
-        len(found.samples), sum(map(len, added.values())), sum(weight.numel() for weight in trainable), run.steps, base.title,
-        tuple(adapters.limits(base, run)),
-    )  # fmt: skip
+    parameters = sum(weight.numel() for weight in trainable)
+    started = Started(len(data.samples), ready.modules, parameters, run.steps, base.title, tuple(adapters.limits(base, run)))
     run_folder.log(folder, event="started", **asdict(started))
     yield started
     if run.sample_every:
-        yield draw_samples(base, run, folder, data, step=0, keep_text=speech.states is None)
+        yield draw_samples(base, run, folder, data, step=0, keep_text=keep_text)
 
     alphas = base.alphas
     for step in range(1, run.steps + 1):
@@ -132,7 +82,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
         for part in range(run.optimizer.accumulation):
             batch_index = (step - 1) * run.optimizer.accumulation + part
             torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
-            batch = gather(run, data, seen, speech, base, batch_index=batch_index)
+            batch = gather(run, ready, batch_index=batch_index)
             batch_loss = loss_of_batch(base, batch, alphas, run=run, batch_index=batch_index)
             accelerator.backward(batch_loss / run.optimizer.accumulation)
             total += batch_loss.detach() / run.optimizer.accumulation
@@ -156,7 +106,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
             yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
             return
         if run.sample_every and (last or step % run.sample_every == 0):
-            yield draw_samples(base, run, folder, data, step=step, keep_text=speech.states is None)
+            yield draw_samples(base, run, folder, data, step=step, keep_text=keep_text)
 
     path = result.save(base, run, run_folder.result_path(folder, run.name), step=run.steps, data=data)
     if run.output.sidecars:
@@ -181,17 +131,18 @@ class Batch:
     prior: tuple[TextStates, TextStates] | None = None
 
 
-def gather(run: Config, data: Material, seen: Sequence[Sequence[Latents]], speech: Speech, base: Base, *, batch_index: int) -> Batch:
+def gather(run: Config, ready: Prepared, *, batch_index: int) -> Batch:
     """The batch of an index, counted from the run's first: which pictures, which view of each, what is said of it."""
+    base, data, speech = ready.base, ready.data, ready.speech
     epoch, visits = materials.batch_at(data, batch=run.batch, seed=run.seed, batch_index=batch_index)
     items = [data.items[visit.sample] for visit in visits]
     which = [materials.view_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
     views = [item.views[i] for item, i in zip(items, which, strict=True)]
     said = [materials.caption_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
     sources = [data.samples[item.sample].source for item in items]
-    class_rows = [speech.rows[class_caption(run, words)] for words in said] if speech.base_states is not None else []
+    class_rows = [speech.rows[prepare.class_caption(run, words)] for words in said] if speech.base_states is not None else []
     return Batch(
-        seen=tuple(seen[visit.sample][i] for visit, i in zip(visits, which, strict=True)),
+        seen=tuple(ready.seen[visit.sample][i] for visit, i in zip(visits, which, strict=True)),
         text=spoken(base, speech, [speech.rows[words] for words in said]),
         sizes=torch.tensor([buckets.time_ids(view.original_px, view.fit, flipped=view.flipped) for view in views], dtype=torch.float32),
         weights=torch.tensor([data.weights[source] for source in sources]).to(base.device),
@@ -203,21 +154,6 @@ def gather(run: Config, data: Material, seen: Sequence[Sequence[Latents]], speec
 def spoken(base: Base, speech: Speech, rows: Sequence[int]) -> TextStates:
     """The text states of some rows: kept, or made by the encoders as they are now."""
     return speech.states[rows] if speech.states is not None else text.encode(base, speech.tokens[rows])
-
-
-def class_requests(run: Config, data: Material) -> list[generate.Request]:
-    """One picture of the class for each of the user's, of the same size and from the same caption."""
-    own = [item for item in data.items if not run.data[data.samples[item.sample].source].regularisation]
-    captions = [class_caption(run, materials.plain_caption(data.rules, data.samples[item.sample])) for item in own]
-    return [
-        regularisation.request(words, seed=run.seed + i, size_px=item.shape_px)
-        for i, (words, item) in enumerate(zip(captions, own, strict=True))
-    ]
-
-
-def class_caption(run: Config, caption: str) -> str:
-    """A caption with the class word for the trigger word."""
-    return regularisation.class_caption(caption, trigger=run.trigger, class_word=run.class_word)
 
 
 def loss_of_batch(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batch_index: int) -> Tensor:
@@ -248,45 +184,6 @@ def prior_loss(base: Base, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Te
         wanted = base_model.predict(base, noisy, timesteps, untouched, batch.sizes)
         lora.set_strength(base.unet, 1.0)
     return loss.squared_error(base_model.predict(base, noisy, timesteps, trained, batch.sizes), wanted).mean()
-
-
-def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
-    """The run's base, with what the config overrides.
-
-    Raises:
-        UserError: as `base_files.load`.
-    """
-    base = base_files.load(
-        run.base, device=device, dtype=dtype, vae=run.vae, tokenizer=run.tokenizer, family=run.family, prediction=run.prediction,
-        clip_skip=run.clip_skip,
-    )  # fmt: skip
-    if run.zero_terminal_snr is not None:
-        base.schedule = base.schedule | {"rescale_betas_zero_snr": run.zero_terminal_snr}
-    if run.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    return base
-
-
-@torch.no_grad()
-def listen(base: Base, run: Config, data: Material, *, trains_text: bool, folder: Path | None) -> Speech:
-    """Tokens of all that the run will hear, and the states unless they change while it trains."""
-    heard = materials.everything_said(data, batch=run.batch, batches=run.steps * run.optimizer.accumulation, seed=run.seed)
-    prior = run.regularisation == "prediction"
-    heard += sorted({class_caption(run, words) for words in heard} - set(heard)) if prior else []
-    tokens = text.tokens(base, heard)
-    ahead = not trains_text and len(heard) <= MOST_STATES
-    states = cache.text_states(base, tokens, folder=folder) if ahead else None
-    return Speech({words: row for row, words in enumerate(heard)}, tokens, states, untouched(base, tokens, folder) if prior else None)
-
-
-def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:
-    """Text states as the base's own encoders say them, the LoRA silent."""
-    for part in base.parts.values():
-        lora.set_strength(part, 0.0)
-    states = cache.text_states(base, tokens, folder=folder)
-    for part in base.parts.values():
-        lora.set_strength(part, 1.0)
-    return states
 
 
 def draw_samples(base: Base, run: Config, folder: Path, data: Material, *, step: int, keep_text: bool) -> Sampled:

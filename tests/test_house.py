@@ -21,7 +21,7 @@ HOUSE = (
         "cache generate run_folder dataset_report contact_sheet material adapters result regularisation lora_tools lora_merge "
         "lora_extract bake mini.pretrain mini.examples",
     ),
-    ("stories", "train compare mini.evaluate"),
+    ("stories", "prepare train compare mini.evaluate"),
     ("roof", "ui demo cli_tools cli __main__"),
 )
 FLOORS = {name: floor for floor, (_, names) in enumerate(HOUSE) for name in names.split()}

@@ -1,0 +1,172 @@
+"""Before the first step: the base is opened, the doctor looks, pictures and captions become tensors, adapters sit in the base.
+
+`prepare` is a generator of events, like the run that it begins, and returns what the steps need.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sdlora import adapters, base_files, base_model, cache, dataset_report, generate, lora, regularisation, text
+from sdlora import material as materials
+from sdlora.base_model import Base, TextStates
+from sdlora.config import Config
+from sdlora.dataset import Sample
+from sdlora.events import Checked, Checking, Drawing, Encoding, Event
+from sdlora.latents import Latents
+from sdlora.material import Found, Material
+from sdlora.text import Tokens
+
+MOST_STATES = 4096  # texts that are encoded ahead; a run that hears more keeps its text encoder and encodes each batch
+
+
+@dataclass(frozen=True)
+class Speech:
+    """All that a run will hear: the row of each text, its tokens, and its states unless a text encoder is trained."""
+
+    rows: dict[str, int]
+    tokens: Tokens
+    states: TextStates | None
+    base_states: TextStates | None = None  # by the encoders as they came, for prior prediction
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the steps need: the base with its adapters, what is trained on, each item's views as latents, and all that will be heard."""
+
+    base: Base
+    data: Material
+    seen: tuple[tuple[Latents, ...], ...]
+    speech: Speech
+    modules: int
+
+
+def prepare(run: Config, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Generator[Event, None, Prepared]:
+    """Everything up to the first step.
+
+    Args:
+        folder: the run's, for drawn pictures if nothing is kept in the user's cache.
+
+    Yields:
+        Checking per picture and Checked, Drawing per regularisation picture, Encoding per view of a picture.
+
+    Raises:
+        UserError: if the data or the base cannot be used.
+    """
+    began_s = time.time()
+    found = materials.find_or_refuse(run)
+    base = open_base(run, device=device, dtype=dtype)
+    yield from look(run, found, base)
+    kept = cache.default_folder() if run.cache == "disk" else None
+    data = material_of(run, found.samples, base)
+    if run.regularisation == "auto":
+        extra = yield from draw_class(run, data, base, (kept or folder) / cache.DRAWN)
+        data = material_of(run, (*found.samples, *extra), base)
+    seen = yield from encode(run, data, base, kept)
+    added = adapters.add_lora(base, run)
+    speech = listen(base, run, data, trains_text=any(part != "unet" for part in added), folder=kept)
+    base_model.send_away(base, text=speech.states is not None)
+    if kept:
+        cache.trim(kept, since_s=began_s)
+    return Prepared(base, data, seen, speech, sum(map(len, added.values())))
+
+
+def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
+    """The run's base, with what the config overrides.
+
+    Raises:
+        UserError: as `base_files.load`.
+    """
+    base = base_files.load(
+        run.base, device=device, dtype=dtype, vae=run.vae, tokenizer=run.tokenizer, family=run.family, prediction=run.prediction,
+        clip_skip=run.clip_skip,
+    )  # fmt: skip
+    if run.zero_terminal_snr is not None:
+        base.schedule = base.schedule | {"rescale_betas_zero_snr": run.zero_terminal_snr}
+    if run.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    return base
+
+
+def look(run: Config, found: Found, base: Base) -> Generator[Event, None, None]:
+    """The doctor looks at every picture and caption.
+
+    Raises:
+        UserError: if something must be mended first.
+    """
+    count = partial(text.count, base)
+    for looked in materials.examined(run, found, grain_px=base.grain_px, resolution_px=base.resolution_px, token_count=count):
+        if isinstance(looked, dataset_report.Report):
+            materials.refuse(looked.findings)
+            yield Checked(tuple(dataset_report.lines(looked, batch=run.batch * run.optimizer.accumulation)))
+        else:
+            yield Checking(*looked)
+
+
+def material_of(run: Config, samples: tuple[Sample, ...], base: Base) -> Material:
+    """The samples at sizes that suit the base."""
+    return materials.material(run, samples, grain_px=base.grain_px, resolution_px=base.resolution_px)
+
+
+def draw_class(run: Config, data: Material, base: Base, folder: Path) -> Generator[Event, None, list[Sample]]:
+    """Regularisation pictures, drawn by the base from the user's captions, as samples of a data folder behind the last."""
+    asked = class_requests(run, data)
+    found = []
+    for path, request in zip(regularisation.drawn(base, asked, folder), asked, strict=True):
+        found.append(Sample(path, (request.prompt,), source=len(run.data)))
+        yield Drawing(len(found), len(asked))
+    return found
+
+
+def encode(run: Config, data: Material, base: Base, folder: Path | None) -> Generator[Event, None, tuple[tuple[Latents, ...], ...]]:
+    """The latents of each item's views, on the base's device."""
+    views = [view for item in data.items for view in item.views]
+    made: list[Latents] = []
+    for one in cache.latents(base, views, folder=folder, background=run.sizes.background):
+        made.append(one.to(base.device))
+        yield Encoding(len(made), len(views))
+    ready = iter(made)
+    return tuple(tuple(next(ready) for _ in item.views) for item in data.items)
+
+
+def class_requests(run: Config, data: Material) -> list[generate.Request]:
+    """One picture of the class for each of the user's, of the same size and from the same caption."""
+    own = [item for item in data.items if not run.data[data.samples[item.sample].source].regularisation]
+    captions = [class_caption(run, materials.plain_caption(data.rules, data.samples[item.sample])) for item in own]
+    return [
+        regularisation.request(words, seed=run.seed + i, size_px=item.shape_px)
+        for i, (words, item) in enumerate(zip(captions, own, strict=True))
+    ]
+
+
+def class_caption(run: Config, caption: str) -> str:
+    """A caption with the class word for the trigger word."""
+    return regularisation.class_caption(caption, trigger=run.trigger, class_word=run.class_word)
+
+
+@torch.no_grad()
+def listen(base: Base, run: Config, data: Material, *, trains_text: bool, folder: Path | None) -> Speech:
+    """Tokens of all that the run will hear, and the states unless they change while it trains."""
+    heard = materials.everything_said(data, batch=run.batch, batches=run.steps * run.optimizer.accumulation, seed=run.seed)
+    prior = run.regularisation == "prediction"
+    heard += sorted({class_caption(run, words) for words in heard} - set(heard)) if prior else []
+    tokens = text.tokens(base, heard)
+    ahead = not trains_text and len(heard) <= MOST_STATES
+    states = cache.text_states(base, tokens, folder=folder) if ahead else None
+    return Speech({words: row for row, words in enumerate(heard)}, tokens, states, untouched(base, tokens, folder) if prior else None)
+
+
+def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:
+    """Text states as the base's own encoders say them, the LoRA silent."""
+    for part in base.parts.values():
+        lora.set_strength(part, 0.0)
+    states = cache.text_states(base, tokens, folder=folder)
+    for part in base.parts.values():
+        lora.set_strength(part, 1.0)
+    return states
