@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora import base_parts, checkpoint_keys, deltas, lora_extract, lora_file, lora_tools, weights_file
+from sdlora import base_parts, base_tensors, checkpoint_keys, deltas, lora_file, lora_tools, weights_file
+from sdlora.base_tensors import BaseTensors, Parameter
 from sdlora.checkpoint_keys import Place
 from sdlora.deltas import Update
 from sdlora.errors import UserError
 from sdlora.generate import LoRA
-from sdlora.lora_extract import BaseTensors, Parameter
 from sdlora.lora_tools import Errors
 from sdlora.weights_file import Entry
 
@@ -58,7 +58,7 @@ def bake(name: str, loras: Sequence[LoRA], out: Path) -> Iterator[tuple[int, int
         raise UserError("There is nothing to bake in; give at least one LoRA file.")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; give another name, or move it away.")
-    base = lora_extract.tensors_of(name)
+    base = base_tensors.tensors_of(name)
     work = _Work(_shifts(base, loras), {}, [note for one in loras for note in lora_tools.notes_of(one.path, lora_file.read(one.path))])
     if out.suffix.lower() != ".safetensors":
         yield from _to_folder(base, work, out)
@@ -111,7 +111,7 @@ def _shifts(base: BaseTensors, loras: Sequence[LoRA]) -> dict[Parameter, list[_S
         modules = lora_file.read(one.path).modules
         _check_fit(base, one.path, modules)
         for stem, update in modules.items():
-            weight, bias = (lora_extract.parameter_of(stem, ending) for ending in ("weight", "bias"))
+            weight, bias = (base_tensors.parameter_of(stem, ending) for ending in ("weight", "bias"))
             shift = _Shift(stem, update, one.strength if weight[0] == "unet" else text_strength)
             if shift.strength and (update.change is not None or update.magnitude is not None):
                 found.setdefault(weight, []).append(shift)
@@ -126,7 +126,7 @@ def _check_fit(base: BaseTensors, path: Path, modules: Mapping[str, Update]) -> 
     """Whether every module of a LoRA has a place of its shape in the base."""
     homeless, misshapen = [], []
     for stem, update in modules.items():
-        weight, bias = (base.spots.get(lora_extract.parameter_of(stem, ending)) for ending in ("weight", "bias"))
+        weight, bias = (base.spots.get(base_tensors.parameter_of(stem, ending)) for ending in ("weight", "bias"))
         if weight is None:
             homeless.append(stem)
             continue
@@ -193,7 +193,7 @@ def _of_checkpoint(base: BaseTensors, work: _Work) -> tuple[list[_Planned], dict
     header = weights_file.header(path)
     if averaged := sum(key.startswith("model_ema.") for key in header.tensors):
         work.notes.append(f"{path.name} holds {averaged} averaged weights (model_ema) too; they are copied without the LoRAs.")
-    places = lora_extract.places(path, header, lambda key: checkpoint_keys.place(key, family=family))
+    places = base_tensors.places(path, header, lambda key: checkpoint_keys.place(key, family=family))
     return _of_file(path, places, work), {key: value for key, value in header.metadata.items() if key != "modelspec.hash_sha256"}
 
 
@@ -205,7 +205,7 @@ def _of_folder(base: BaseTensors, work: _Work, out: Path) -> tuple[list[_Planned
         why = "its text encoder lacks the last layer that checkpoints hold" if family == "sd2" else "it has no checkpoint layout"
         raise UserError(f"{out} would be a checkpoint, and base '{base.name}' cannot be written as one: {why}; give a name for a folder.")
     planned = []
-    for part in lora_extract.parts_of_family(family):
+    for part in base_tensors.parts_of_family(family):
         names = [name for where, name in base.spots if where == part]
         try:
             places = checkpoint_keys.places(part, names, family=family)
@@ -229,14 +229,14 @@ def _joined(base: BaseTensors, key: str, at: Place, work: _Work) -> _Planned:
     shape = checkpoint_keys.joined([torch.empty(spot.shape, device="meta") for spot in spots], at).shape
 
     def blocks() -> Iterator[bytes]:
-        pieces = [_shifted(lora_extract.read(base, (at.part, name)), (at.part, name), work) for name in at.parameters]
+        pieces = [_shifted(base_tensors.read(base, (at.part, name)), (at.part, name), work) for name in at.parameters]
         yield _bytes(checkpoint_keys.joined(pieces, at))
 
     return _Planned(key, spots[0].entry.dtype, tuple(shape), sum(spot.size for spot in spots), blocks)
 
 
 def _baked(path: Path, entry: Entry, start: int, at: Place, work: _Work) -> Iterator[bytes]:
-    tensor = lora_extract.tensor_at(path, entry, start)
+    tensor = base_tensors.tensor_at(path, entry, start)
     pieces = zip(checkpoint_keys.parts_of(tensor, at), at.parameters, strict=True)
     yield _bytes(checkpoint_keys.joined([_shifted(piece, (at.part, name), work) for piece, name in pieces], at))
 
@@ -302,9 +302,9 @@ def _to_folder(base: BaseTensors, work: _Work, out: Path) -> Iterator[tuple[int,
             goal = temporary / path.relative_to(base.folder)
             goal.parent.mkdir(parents=True, exist_ok=True)
             if path in baked:
-                belongs = functools.partial(lora_extract.folder_place, part=path.parent.name)
+                belongs = functools.partial(base_tensors.folder_place, part=path.parent.name)
                 header = weights_file.header(path)
-                steps = _write(goal, _of_file(path, lora_extract.places(path, header, belongs), work), header.metadata)
+                steps = _write(goal, _of_file(path, base_tensors.places(path, header, belongs), work), header.metadata)
             else:
                 shutil.copyfile(path, goal)
                 steps = iter((None,))

@@ -55,7 +55,7 @@ def merge(
     base: Base = None,
 ) -> None:
     """Makes one LoRA of several: the weighted sum of what each does, without cross terms."""
-    from sdlora import lora_extract, lora_merge
+    from sdlora import base_tensors, lora_merge
 
     if len(parts) < 2:
         raise UserError(
@@ -63,7 +63,7 @@ def merge(
         )
     out, weighed = Path(parts[-1]), [_weighed(one) for one in parts[:-1]]
     _refuse_existing(out, ".safetensors")
-    weights = lora_extract.weights_of(base) if base else None
+    weights = base_tensors.weights_of(base) if base else None
     work = lora_merge.merge(weighed, name=out.stem, method=method, rank=rank, exact=exact, density=density, seed=seed, weights=weights)
     _write(out, _followed("merging", work))
 
@@ -71,10 +71,10 @@ def merge(
 @tools.command()
 def resize(file: LoRAFileName, out: Out, rank: Rank = None, energy: Energy = None, max_error: MaxError = None, base: Base = None) -> None:
     """Writes a LoRA at a smaller rank, and says what that costs."""
-    from sdlora import lora_extract
+    from sdlora import base_tensors, lora_extract
 
     _refuse_existing(out, ".safetensors")
-    weights = lora_extract.weights_of(base) if base else None
+    weights = base_tensors.weights_of(base) if base else None
     work = lora_extract.resize(file, rank=rank, energy=energy, max_error=max_error, name=out.stem, weights=weights)
     _write(out, _followed("resizing", work))
 

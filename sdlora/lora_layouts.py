@@ -10,6 +10,7 @@ what came from kohya's layout goes back to the same tensors.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -149,6 +150,8 @@ def _shaped(stem: str, update: Update, *, family: str, layout: str) -> Update:
     as_conv = family == "sd1" or (family == "sd2" and layout == "kohya")
 
     def reshape(tensor: Tensor) -> Tensor:
+        if math.prod(tensor.shape[2:]) != 1:
+            raise UserError(f"'{stem}' has a kernel of {tuple(tensor.shape[2:])}, and projections have none; the file is malformed.")
         return tensor.reshape(*tensor.shape[:2], 1, 1) if as_conv else tensor.flatten(1)
 
     change = update.change

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import bake, base_files, base_model, files, generate, lora_extract, lora_file, lora_tools, weights_file
+from sdlora import bake, base_files, base_model, base_tensors, files, generate, lora_extract, lora_file, lora_tools, weights_file
 from sdlora.bake import Baked
 from sdlora.base_model import Base
 from sdlora.deltas import Full, Hadamard, LowRank, Update
@@ -75,10 +75,10 @@ def loras(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def everything(base: Path) -> dict[str, Update]:
-    spots, modules = lora_extract.tensors_of(str(base)).spots, {}
+    spots, modules = base_tensors.tensors_of(str(base)).spots, {}
     for seed, stem in enumerate(base_model.stems(opened(base, base))):
-        shape = spots[lora_extract.parameter_of(stem)].shape
-        bias = drawn(shape[0], seed=seed) * 0.01 if lora_extract.parameter_of(stem, "bias") in spots and seed % 5 == 0 else None
+        shape = spots[base_tensors.parameter_of(stem)].shape
+        bias = drawn(shape[0], seed=seed) * 0.01 if base_tensors.parameter_of(stem, "bias") in spots and seed % 5 == 0 else None
         if len(shape) == 1:
             modules[stem] = Update(Full(drawn(*shape, seed=seed) * 0.01), bias=bias)
         elif stem.endswith("to_k"):
@@ -332,7 +332,7 @@ def test_coarse_numbers_lose_a_stated_part_of_the_change(bases: dict[str, Path],
 def test_the_bases_weights_by_stem_let_dora_be_resized(
     bases: dict[str, Path], checkpoints: dict[str, Path], loras: dict[str, Path]
 ) -> None:
-    files_ = [lora_extract.weights_of(str(base["sdxl"])) for base in (bases, checkpoints)]
+    files_ = [base_tensors.weights_of(str(base["sdxl"])) for base in (bases, checkpoints)]
     results = [last(lora_extract.resize(loras["sdxl"], rank=8, weights=one)) for one in files_]
     assert results[0].content == results[1].content
     assert isinstance(results[0].errors, lora_tools.Errors)

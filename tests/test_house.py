@@ -18,7 +18,7 @@ HOUSE = (
     ),
     (
         "rooms",
-        "cache generate run_folder dataset_report contact_sheet material adapters result regularisation lora_tools lora_merge "
+        "cache generate run_folder dataset_report contact_sheet material adapters result regularisation base_tensors lora_tools lora_merge "
         "lora_extract bake mini.pretrain mini.examples",
     ),
     ("stories", "prepare train compare mini.evaluate"),
