@@ -1,15 +1,17 @@
 """The forward process: how much noise each timestep holds, noisy latents, and what the UNet is asked to predict.
 
 Stable Diffusion's schedule is "scaled linear": the square roots of beta go evenly from √0.00085 to √0.012 over 1,000 timesteps
-(Rombach et al. 2022, arXiv 2112.10752, their released configs). Everything is a pure function of tensors.
+(Rombach et al. 2022, arXiv 2112.10752, their released configs). Everything is a pure function of tensors; chance comes from the CPU
+generator that is given, so that a batch is the same on every device, and what is switched off draws nothing from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdlora.errors import UserError
@@ -81,15 +83,142 @@ def target(latents: Tensor, noise: Tensor, alphas: Tensor, timesteps: Tensor, *,
     return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
 
+def with_offset(noise: Tensor, *, strength: float, generator: torch.Generator) -> Tensor:
+    """ε + s · o with one normal number o per sample and channel, so that overall brightness is learned too (Guttenberg 2023, "Diffusion
+    with offset noise").
+
+    Args:
+        noise: ε [B, C, H, W].
+        strength: s, 0 for none; 0.05 to 0.1 is usual. The variance becomes 1 + s².
+        generator: on the CPU; not drawn from at 0.
+    """
+    if strength == 0:
+        return noise
+    return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator).to(noise)
+
+
+def pyramid(noise: Tensor, *, discount: float, levels: int, generator: torch.Generator) -> Tensor:
+    """(ε + Σ_k dᵏ · up(ε_k)) / σ, where ε_k is noise of 2⁻ᵏ the size, bilinearly enlarged (Whitaker 2023, "Multi-resolution noise for
+    diffusion model training").
+
+    σ is the sum's exact standard deviation at each pixel, so the variance is 1 everywhere and no sample depends on its batch; the
+    original divides by the deviation measured over the batch, and shrinks each level by a random factor from 2 to 4.
+
+    Args:
+        noise: ε [B, C, H, W].
+        discount: d, 0 for none; 0.3 to 0.8 is usual.
+        levels: the largest k; it ends at one number per channel in any case.
+        generator: on the CPU; not drawn from at 0.
+    """
+    if discount == 0:
+        return noise
+    height, width = noise.shape[-2:]
+    total, variance = torch.zeros(()), torch.ones(())
+    for level in range(1, min(levels, max(height, width).bit_length() - 1) + 1):
+        small = (max(1, height >> level), max(1, width >> level))
+        rows, columns = _enlarging(small[0], height), _enlarging(small[1], width)
+        drawn = torch.randn(*noise.shape[:2], *small, generator=generator)
+        total = total + discount**level * (rows.T @ drawn @ columns)
+        variance = variance + discount ** (2 * level) * torch.outer((rows**2).sum(0), (columns**2).sum(0))
+    return (noise + total.to(noise)) / variance.sqrt().to(noise)
+
+
+def _enlarging(count: int, size: int) -> Tensor:
+    """How much each of `count` numbers weighs at each of `size` places between them [count, size]."""
+    return F.interpolate(torch.eye(count)[None], size=size, mode="linear")[0]
+
+
+def perturbed(noise: Tensor, *, strength: float, generator: torch.Generator) -> Tensor:
+    """ε + γ ξ, to make x_t from while the target stays made of ε (Ning et al. 2023, arXiv 2301.11706).
+
+    In training x_t comes from true pictures, in generation from earlier predictions with their errors; γ ξ stands for those.
+
+    Args:
+        noise: ε [B, C, H, W].
+        strength: γ, 0 for none, 0.1 in the paper.
+        generator: on the CPU; not drawn from at 0.
+    """
+    if strength == 0:
+        return noise
+    return noise + strength * torch.randn(noise.shape, generator=generator).to(noise)
+
+
+def uniform_places(batch: int, *, generator: torch.Generator) -> Tensor:
+    """Independent places [batch] between 0 and 1."""
+    return torch.rand(batch, generator=generator)
+
+
+def stratified_places(batch: int, *, generator: torch.Generator) -> Tensor:
+    """One place [batch] from each of `batch` equal bands of 0 to 1, in random order: each alone is uniform, together they vary less."""
+    bands = torch.randperm(batch, generator=generator)
+    return (bands + torch.rand(batch, generator=generator)) / batch
+
+
+def flat(places: Tensor, *, mean: float, scale: float) -> Tensor:
+    """The places as they are: every timestep equally often. `mean` and `scale` mean nothing here."""
+    return places
+
+
+def logit_normal(places: Tensor, *, mean: float, scale: float) -> Tensor:
+    """1 / (1 + exp(-(m + s · Φ⁻¹(u)))): the logit of a share of the range is normal (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+
+    Through the inverse Φ⁻¹ of the normal distribution function places that lie in bands stay in bands of equal probability.
+
+    Args:
+        places: u [B], uniform, 0 to 1.
+        mean: m; 0 puts the middle timestep in the middle, more goes towards noise.
+        scale: s; 1 in the paper's best setting, less is narrower.
+    """
+    return torch.sigmoid(mean + scale * torch.special.ndtri(places.double()))
+
+
+DENSITIES: dict[str, Callable[..., Tensor]] = {"uniform": flat, "logit_normal": logit_normal}
+
+
+def timesteps(
+    batch: int,
+    *,
+    count: int,
+    generator: torch.Generator,
+    stratified: bool = True,
+    density: str = "uniform",
+    low: int = 0,
+    high: int | None = None,
+    mean: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Timesteps of a batch: low + ⌊place · (high - low)⌋.
+
+    Args:
+        batch: how many.
+        count: T, how many timesteps the base has.
+        generator: on the CPU.
+        stratified: one from each of `batch` bands of equal probability instead of independently.
+        density: a key of `DENSITIES`; it is spread over the range.
+        low, high: the range, `high` itself excluded; None for T.
+        mean, scale: of "logit_normal".
+
+    Returns:
+        [batch] int64, low to high - 1.
+
+    Raises:
+        UserError: if the range is empty or leaves 0 to T.
+    """
+    high = count if high is None else high
+    if not 0 <= low < high <= count:
+        raise UserError(f"Timesteps from {low} to below {high} were asked for; the base has 0 to below {count}, so choose a range in that.")
+    places = (stratified_places if stratified else uniform_places)(batch, generator=generator)
+    shares = DENSITIES[density](places, mean=mean, scale=scale)
+    return low + (shares * (high - low)).long().clamp(max=high - low - 1)  # rounding can make a share 1
+
+
 def stratified_timesteps(batch: int, *, count: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `batch` equal bands, in random order: each alone is uniform, together they vary less.
+    """One timestep from each of `batch` equal bands, in random order.
 
     Returns:
         [batch] int64, 0 to count - 1.
     """
-    bands = torch.randperm(batch, generator=generator)
-    place = (bands + torch.rand(batch, generator=generator)) / batch
-    return (place * count).long().clamp(max=count - 1)
+    return timesteps(batch, count=count, generator=generator)
 
 
 def _per_sample(alphas: Tensor, timesteps: Tensor, latents: Tensor) -> Tensor:
