@@ -103,6 +103,8 @@ def limits(base: Base, run: Config) -> Iterator[str]:
         yield "DoRA: A1111, Forge, ComfyUI and SD.Next read the magnitudes; diffusers leaves them out and shows another picture."
     if run.output.format == "diffusers":
         yield 'format = "diffusers": diffusers, ComfyUI and Forge read it; A1111, SD.Next and InvokeAI do not.'
+    if run.output.sidecars and not run.sample_every:
+        yield "output.sidecars: without samples (sample_every = 0) there is no preview picture."
     if run.lora.init == "pissa":
         yield f"PiSSA: the file is an ordinary LoRA of rank {2 * run.lora.rank}, which every tool loads."
     flat = [name for name in lora.layers(base.unet) if name.endswith(("proj_in", "proj_out"))]

@@ -56,6 +56,8 @@ def bake(name: str, loras: Sequence[LoRA], out: Path) -> Iterator[tuple[int, int
     """
     if not loras:
         raise UserError("There is nothing to bake in; give at least one LoRA file.")
+    if out.suffix.lower() in (".ckpt", ".pt", ".bin"):
+        raise UserError(f"{out}: pickles are not written; give a name that ends in .safetensors, or a folder.")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; give another name, or move it away.")
     base = base_tensors.tensors_of(name)

@@ -177,7 +177,7 @@ def load(
         source = base_sources.of_folder(folder, name=name, family=identity.family, tokenizer=tokenizer, device=device, half=half)
     base = _opened(name, identity, source, device=device, dtype=dtype, vae=vae, clip_skip=clip_skip)
     if base.prediction == UNSTATED:
-        base.prediction = measured_prediction(base)
+        base.prediction, base.measured = measured_prediction(base), True
         configs = "sd2" if base.prediction == "epsilon" else "sd2-v"
         base.unet.register_to_config(sample_size=checkpoint_configs.of_family(configs, "unet")["sample_size"])  # 512 or 768 px
     base.schedule = base.schedule | {"prediction_type": base.prediction}

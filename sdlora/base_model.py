@@ -82,6 +82,7 @@ class Base:
     weights: tuple[Path, ...]
     clip_skip: int = 1
     open_vae: Callable[[], Any] | None = None
+    measured: bool = False  # whether the prediction was found out by asking the UNet, because nothing states it
     digest: Callable[[str], str] = lambda part: "unknown"  # SHA-256 of a part's tensors as they lie on the disk
 
     @property
@@ -110,7 +111,8 @@ class Base:
     @property
     def title(self) -> str:
         """What it is, in words."""
-        return f"{TITLES[self.family]}, {self.prediction.removesuffix('_prediction')} prediction"
+        how = " (measured, since nothing states it; `prediction` overrides)" if self.measured else ""
+        return f"{TITLES[self.family]}, {self.prediction.removesuffix('_prediction')} prediction{how}"
 
     @property
     def dtype(self) -> torch.dtype:

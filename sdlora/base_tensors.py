@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora import base_files, base_parts, base_sources, checkpoint_keys, lora_names, weights_file
+from sdlora import base_files, base_parts, base_sources, checkpoint_keys, deltas, lora_names, weights_file
 from sdlora.base_kinds import Identity
+from sdlora.base_model import LoRAFit
 from sdlora.checkpoint_keys import Place
+from sdlora.deltas import Update
 from sdlora.errors import UserError
 from sdlora.lora_tools import Weights
 from sdlora.weights_file import Entry, Header
@@ -168,3 +170,21 @@ def tensor_at(path: Path, entry: Entry, start: int) -> Tensor:
         raise UserError(f"{path} has become shorter while it was read; fetch it again.")
     numbers = torch.frombuffer(content, dtype=_DTYPES[entry.dtype]) if content else torch.empty(0, dtype=_DTYPES[entry.dtype])
     return numbers.reshape(entry.shape)
+
+
+def fit(base: BaseTensors, modules: Mapping[str, Update]) -> LoRAFit:
+    """How a LoRA sits in a base, from headers alone; no tokenizer and no weights are asked for.
+
+    Args:
+        modules: updates by canonical stem.
+    """
+    places, misshapen = {}, []
+    for stem, update in modules.items():
+        weight, bias = (base.spots.get(parameter_of(stem, ending)) for ending in ("weight", "bias"))
+        if weight is None:
+            continue
+        places[stem] = lora_names.dotted(stem)
+        own_bias = None if bias is None else torch.empty(bias.shape, device="meta")
+        if why := deltas.misfit(update, torch.empty(weight.shape, device="meta"), bias=own_bias):
+            misshapen.append(f"{stem} {why}")
+    return LoRAFit(places, tuple(sorted(set(modules) - set(places))), tuple(misshapen))

@@ -52,6 +52,18 @@ def default_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdlora"
 
 
+def trouble(folder: Path) -> str | None:
+    """Why nothing can be kept in a folder, in a sentence; None if all is well."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as problem:
+        return f"The cache {folder} cannot be written ({problem.strerror}): the next run encodes all again. SDLORA_CACHE names another."
+    return None
+
+
 def latents(base: Base, views: Sequence[View], *, folder: Path | None, background: tuple[int, int, int]) -> Iterator[Latents]:
     """The latents of views in their order, kept or made; the next pictures are read while one is encoded.
 

@@ -60,8 +60,8 @@ def demo(out: RunFolder = None) -> None:
     path = _train(run, folder)
     with progress() as bar:
         sheet = bar.run("drawing the sheet", story.sheet(run, path, folder / "sheet.png"))
-    console.print(f"\nThe style as a LoRA file:      [bold]{path}[/]", soft_wrap=True)
-    console.print(f"Pictures without and with it:  [bold]{sheet}[/]", soft_wrap=True)
+    console.print(f"\nThe style as a LoRA file:      {path}", soft_wrap=True)
+    console.print(f"Pictures without and with it:  {sheet}", soft_wrap=True)
     command = f"{Path(sys.argv[0]).name if sys.argv[0].endswith('sdlora') else 'sdlora'} app --loras {folder}"
     console.print(f"Play with its strength:        {command}", soft_wrap=True)
 
@@ -82,7 +82,7 @@ def train(
         return
     folder = out or _free_folder(Path("runs") / run.name)
     path = _train(run, folder)
-    console.print(f"The LoRA file: [bold]{path}[/]", soft_wrap=True)
+    console.print(f"The LoRA file: {path}", soft_wrap=True)
 
 
 @cli.command()
@@ -111,6 +111,7 @@ def generate(
 
     loras = [_lora(one) for one in lora]
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
+    files.make_folder(out)
     opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     generator.set_loras(opened, loras)
     with progress() as bar:
@@ -153,11 +154,12 @@ def compare(
     paths = [_lora(one).path for one in lora]
     columns = sheets.columns(paths, [number(one, "--strengths", -2, 2) for one in strengths.split(",")])
     requests = [_request(words, negative, seed, steps, guidance, sampler, size) for words in prompt]
+    files.make_folder(out.parent)
     opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     with progress() as bar:
         sheet = bar.run("drawing the sheet", sheets.draw(opened, requests, columns))
     files.write(out, images.png_bytes(sheet))
-    console.print(f"The sheet: [bold]{out}[/]", soft_wrap=True)
+    console.print(f"The sheet: {out}", soft_wrap=True)
 
 
 @cli.command()
@@ -167,11 +169,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Says what a LoRA file holds: family, rank, alpha, modules, trigger words, hashes; and whether it fits a base."""
-    from sdlora import base_model, lora_file
+    from sdlora import base_tensors, lora_file
 
     facts = lora_file.facts(file)
     if base is not None:
-        fit = base_model.fit(_open_base(base, []), lora_file.read(file).modules)
+        fit = base_tensors.fit(base_tensors.tensors_of(base), lora_file.read(file).modules)
         facts |= {"fits": fit.why_not is None, "matches": fit.sentence, "why_not": fit.why_not or ""}
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -179,7 +181,12 @@ def inspect(
     for key, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{count} {part.replace('_', ' ')}" for part, count in value.items())
-        console.print(f"[bold]{key.replace('_', ' '):14}[/] {value}", highlight=False, soft_wrap=True)
+        elif isinstance(value, list):
+            value = "; ".join(map(str, value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        if value != "":
+            console.print(f"{key.replace('_', ' '):16} {value}", highlight=False, soft_wrap=True)
 
 
 @cli.command()
@@ -220,13 +227,13 @@ def _lora(words: str) -> LoRA:
 
 
 def _request(words: str, negative: str, seed: int, steps: int, guidance: float, sampler: str, size: str | None) -> Request:
-    from sdlora.generate import Request
+    from sdlora.generate import Request, known_sampler
 
     found = re.fullmatch(r"(\d+)x(\d+)", size) if size else None
     if size and not found:
         raise UserError(f"--size {size}: give width and height in pixels, such as 512x768.")
     width, height = (int(found[1]), int(found[2])) if found else (None, None)
-    return Request(words, negative, seed, steps, guidance, sampler, width, height)
+    return Request(words, negative, seed, steps, guidance, known_sampler(sampler), width, height)
 
 
 def _open_base(name: str, embeddings: list[str], **options: Any) -> Base:
@@ -315,9 +322,11 @@ def _show_plan(run: Config) -> None:
     from sdlora import config as configs
 
     found = material.find_or_refuse(run)
-    what = base_files.identify(run.base)
+    what = base_files.identify(run.base, family=run.family, prediction=run.prediction)
     base_model.targets(run.lora.targets)
     print(configs.to_toml(run))
+    for key, description in configs.unset(run).items():
+        print(f"# {key} is not set: {description}")
     visits = run.steps * run.batch * run.optimizer.accumulation
     epoch = sum(sample.repeats for sample in found.samples)
     print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")

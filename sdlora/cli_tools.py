@@ -48,7 +48,7 @@ def convert(
 def merge(
     parts: Annotated[list[str], typer.Argument(metavar="FILE:WEIGHT … OUT", help="LoRA files with their weights, and last the new file")],
     rank: Rank = None,
-    exact: Annotated[bool, typer.Option("--exact", help="keep all ranks side by side; nothing is lost")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="keep all that the method made, at whatever rank; sum does so anyway")] = False,
     method: Annotated[str, typer.Option(help="sum, svd, ties or dare")] = "sum",
     density: Annotated[float, typer.Option(min=0.01, max=1, help="share of the values that ties and dare keep")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="of dare")] = 0,
@@ -249,6 +249,7 @@ def _write(out: Path, made: Made) -> None:
     from sdlora import files
 
     files.write(out, made.content)
+    console.print(f"{len(made.content) / 2**20:.1f} MiB", end=" ", highlight=False)
     _say(out, made.errors, made.notes)
 
 

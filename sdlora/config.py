@@ -21,7 +21,7 @@ Resolution = Annotated[int, Field(ge=64, le=4096, multiple_of=8)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class OverrideConfig(_Table):
@@ -57,14 +57,14 @@ class OptimizerConfig(_Table):
     """How the weights move."""
 
     name: Literal["adamw"] = Field("adamw", description="optimizer")
-    learning_rate: float = Field(1e-3, gt=0, description="peak rate of the UNet's layers")
-    text_encoder_learning_rate: float = Field(2e-4, ge=0, description="peak rate of the text encoder's layers")
-    text_encoder_2_learning_rate: float | None = Field(None, ge=0, description="that of SDXL's second; the same if not given")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="peak rate of the UNet's layers")
+    text_encoder_learning_rate: float = Field(2e-4, ge=0, le=10, description="peak rate of the text encoder's layers")
+    text_encoder_2_learning_rate: float | None = Field(None, ge=0, le=10, description="that of SDXL's second; the same if not given")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled decay")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="course of the rate after warm-up")
     clip_norm: float = Field(1.0, ge=0, description="largest norm of all gradients together; 0 for none")
-    accumulation: int = Field(1, ge=1, description="batches per step")
+    accumulation: int = Field(1, ge=1, le=1024, description="batches per step")
 
 
 class OutputConfig(_Table):
@@ -82,7 +82,7 @@ class FolderConfig(_Table):
     """One folder of pictures with captions."""
 
     folder: Path = Field(strict=False, description="pictures with captions, in any of the usual layouts")
-    repeats: int = Field(1, ge=1, description="how often each picture is seen per epoch")
+    repeats: int = Field(1, ge=1, le=10_000, description="how often each picture is seen per epoch")
     trigger: str | None = Field(None, description="another trigger word for this folder")
     caption: str | None = Field(None, description="for pictures that have no caption of their own")
     captions_from_names: bool = Field(False, description="file names as captions where there is no other")
@@ -143,15 +143,15 @@ class Config(_Table):
     kind: Literal["style", "character"] = Field(description="what the pictures have in common")
     trigger: str = Field("", description="word that calls the LoRA; put first in captions that lack it")
     name: str = Field(pattern=r"^[\w][\w. -]*$", description="stem of the LoRA file")
-    steps: int = Field(600, ge=1, description="optimizer steps")
-    batch: int = Field(4, ge=1, description="pictures per batch")
+    steps: int = Field(600, ge=1, le=1_000_000, description="optimizer steps")
+    batch: int = Field(4, ge=1, le=1024, description="pictures per batch")
     seed: int = Field(0, ge=0, lt=2**31, description="all chance comes from it")
     resolution_px: Resolution | list[Resolution] | None = Field(
         None, description="side of the square of the training sizes' area; one or several"
     )
     cache: Literal["disk", "memory"] = Field("disk", description="keep encoded pictures and captions for the next run, or not")
     min_snr_gamma: float = Field(5.0, ge=0, description="limit of the loss weight (Hang et al. 2023); 0 for none")
-    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for none")
     sample_every: int = Field(200, ge=0, description="steps between sample pictures, the base's own at step 0; 0 for none")
     sample_prompts: list[str] = Field([], description="prompts of the samples; two of the captions if empty")
     regularisation: Literal["none", "auto", "prediction"] = Field(
@@ -178,6 +178,8 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
     Raises:
         UserError: if the file is missing or not TOML, a key is unknown, a type is wrong, or a value is not allowed.
     """
+    if path.is_dir():
+        raise UserError(f"Config {path} is a folder; a run is a TOML file, and the folder of pictures stands in it as data.")
     if not path.is_file():
         raise UserError(f"Config {path} does not exist.")
     try:
@@ -212,6 +214,11 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
         run = Config.model_validate(values)
     except ValidationError as problem:
         raise UserError(f"{where}: {_sentence(problem)}") from None
+    if run.lora.dora and run.output.format == "diffusers":
+        raise UserError(
+            f'{where}: output.format = "diffusers" cannot carry lora.dora, whose magnitudes are per input here; '
+            'set output.format = "kohya" or lora.dora = false.'
+        )
     if run.regularisation != "none" and not run.class_word:
         raise UserError(f'{where}: regularisation needs class_word, what the subject is, such as "dog" or "person".')
     if run.lora.text_encoder is None:
@@ -238,6 +245,18 @@ def _with_data(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
 def to_toml(config: Config) -> str:
     """The resolved config as TOML: written into the run folder, it repeats the run."""
     return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def unset(run: BaseModel, *, inside: str = "") -> dict[str, str]:
+    """The keys that have no value, with what they are for."""
+    found: dict[str, str] = {}
+    for key, field in type(run).model_fields.items():
+        value = getattr(run, key)
+        if isinstance(value, BaseModel):
+            found |= unset(value, inside=f"{inside}{key}.")
+        elif value is None:
+            found[f"{inside}{key}"] = field.description or ""
+    return found
 
 
 def _found(data: FolderConfig, beside: Path) -> FolderConfig:
@@ -274,6 +293,10 @@ def _sentence(problem: ValidationError) -> str:
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
     found = f"{error['input']!r} ({type(error['input']).__name__})"
+    if error["type"] == "string_pattern_mismatch":
+        return f"'{name}' is {found}; letters, digits, spaces, dots, dashes and underscores are allowed, with a letter or digit first."
+    if error["type"] in ("model_type", "dict_type"):
+        return f"'{name}' is {found}; it is a table of keys."
     return f"'{name}' is {found}; {error['msg'][0].lower()}{error['msg'][1:]}."
 
 

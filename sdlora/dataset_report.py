@@ -326,12 +326,12 @@ def _folded(same: Sequence[Finding], root: Path) -> str:
     if len({one.what for one in same}) == 1 and names[0]:
         return f"{_listed(names)}: {same[0].what} {advice}"
     each = [f"{name}: {one.what}" if name else one.what for name, one in zip(names, same, strict=True)]
-    return f"{_listed(each, between=' ')}{'.' if len(each) > _SHOWN else ''} {advice}"
+    return f"{_listed(each, between=' ', last='And so on for')}{'.' if len(each) > _SHOWN else ''} {advice}"
 
 
-def _listed(names: Sequence[str], *, between: str = ", ") -> str:
+def _listed(names: Sequence[str], *, between: str = ", ", last: str = "and") -> str:
     more = len(names) - _SHOWN
-    return between.join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return between.join(names[:_SHOWN]) + (f" {last} {more} more" if more > 0 else "")
 
 
 def _count(count: int, what: str) -> str:

@@ -31,6 +31,18 @@ def write(path: Path, content: bytes) -> None:
         ) from problem
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder before work is put into what will go there.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"Folder {path} cannot be made ({problem.strerror}); choose another.") from problem
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, remembered as long as the process lives and the file has the same size and time.
 

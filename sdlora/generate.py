@@ -67,15 +67,25 @@ class Request:
     height_px: int | None = None
 
 
+def known_sampler(words: str) -> str:
+    """A sampler's name as it is listed, however it is capitalised.
+
+    Raises:
+        UserError: if it is unknown.
+    """
+    for name in SAMPLERS:
+        if name.lower() == words.strip().lower():
+            return name
+    raise UserError(f"Sampler '{words}' is unknown; there are {', '.join(SAMPLERS)}.")
+
+
 def scheduler(base: Base, sampler: str) -> Any:
     """The diffusers scheduler of a sampler's known name, with the base's noise schedule.
 
     Raises:
         UserError: if the name is unknown.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"Sampler '{sampler}' is unknown; there are {', '.join(SAMPLERS)}.")
-    name, options = SAMPLERS[sampler]
+    name, options = SAMPLERS[known_sampler(sampler)]
     kept = {key: base.schedule[key] for key in SCHEDULE if key in base.schedule}
     return getattr(diffusers, name)(**kept, prediction_type=base.prediction, **options)
 

@@ -62,8 +62,10 @@ def prepare(run: Config, folder: Path, *, device: torch.device, dtype: torch.dty
     began_s = time.time()
     found = materials.find_or_refuse(run)
     base = open_base(run, device=device, dtype=dtype)
-    yield from look(run, found, base)
     kept = cache.default_folder() if run.cache == "disk" else None
+    trouble = cache.trouble(kept) if kept else None
+    yield from look(run, found, base, notes=(f"warns: {trouble}",) if trouble else ())
+    kept = None if trouble else kept
     data = material_of(run, found.samples, base)
     if run.regularisation == "auto":
         extra = yield from draw_class(run, data, base, (kept or folder) / cache.DRAWN)
@@ -94,8 +96,11 @@ def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
     return base
 
 
-def look(run: Config, found: Found, base: Base) -> Generator[Event, None, None]:
+def look(run: Config, found: Found, base: Base, *, notes: tuple[str, ...] = ()) -> Generator[Event, None, None]:
     """The doctor looks at every picture and caption.
+
+    Args:
+        notes: what else is to be said with the findings.
 
     Raises:
         UserError: if something must be mended first.
@@ -104,7 +109,7 @@ def look(run: Config, found: Found, base: Base) -> Generator[Event, None, None]:
     for looked in materials.examined(run, found, grain_px=base.grain_px, resolution_px=base.resolution_px, token_count=count):
         if isinstance(looked, dataset_report.Report):
             materials.refuse(looked.findings)
-            yield Checked(tuple(dataset_report.lines(looked, batch=run.batch * run.optimizer.accumulation)))
+            yield Checked((*dataset_report.lines(looked, batch=run.batch * run.optimizer.accumulation), *notes))
         else:
             yield Checking(*looked)
 

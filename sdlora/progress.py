@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
+QUIET_S = 20  # a log says at least this often how far it is
+console = Console(markup=False)  # what a person or a file says is never taken for markup
 
 
 class Bars:
@@ -18,14 +20,18 @@ class Bars:
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.tasks: dict[str, Any] = {}
+        self.said_s = 0.0
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Sets a bar; it appears with its first number."""
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name[:40], total=total, note="")
         self.bars.update(self.tasks[name], completed=done, total=total, note=note)
-        if not self.bars.console.is_terminal and (done == total or done % max(1, total // 10) == 0):
-            self.bars.console.print(f"{name} {done}/{total} {note}", highlight=False, soft_wrap=True)
+        if self.bars.console.is_terminal:
+            return
+        if done == total or done % max(1, total // 10) == 0 or time.monotonic() - self.said_s > QUIET_S:
+            self.said_s = time.monotonic()
+            self.bars.console.print(f"{name[:40]} {done}/{total} {note}", highlight=False, soft_wrap=True)
 
     def each(self, name: str, items: Iterator[Any], *, total: int) -> Iterator[Any]:
         """The items, with a bar that counts them."""
@@ -51,8 +57,8 @@ class Bars:
 def progress() -> Iterator[Bars]:
     """Bars for as long as the block lasts."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         yield Bars(bars)

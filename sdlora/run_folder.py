@@ -27,6 +27,10 @@ def check_free(folder: Path) -> None:
     """
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away.")
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    files.make_folder(folder)  # what cannot be written is said before hours of work
+    for one in made:
+        one.rmdir()
 
 
 def create(folder: Path, run: Config) -> None:

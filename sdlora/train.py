@@ -98,7 +98,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
         yield taken
 
         last, stopping = step == run.steps, run_folder.is_asked_to_stop(folder)
-        if not last and (stopping or step % run.save_every == 0):
+        if not last and (stopping or (run.save_every and step % run.save_every == 0)):
             yield Saved(step, result.save(base, run, run_folder.checkpoint_path(folder, run.name, step), step=step, data=data))
         if not last and stopping:
             run_folder.log(folder, event="stopped", step=step)
@@ -206,5 +206,5 @@ def draw_samples(base: Base, run: Config, folder: Path, data: Material, *, step:
 def _not_finite(step: int, pictures: set[str]) -> str:
     return (
         f"The loss or a gradient of step {step} is not finite (pictures {', '.join(sorted(pictures))}); nothing of this step was kept, "
-        "and the last checkpoint stands. Lower optimizer.learning_rate, and look at these pictures."
+        "and checkpoints saved before stand. Lower optimizer.learning_rate, and look at these pictures."
     )

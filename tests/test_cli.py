@@ -176,7 +176,7 @@ def bad(tmp_path: Path, config_path: Path, pictures: Path) -> Path:
         ("data=nowhere", "nowhere: There is no such folder that can be opened; name a folder"),
         ("data={bad}/empty", "empty: The data folder holds no picture that can be used; put pictures into it; .*png.* are read"),
         ("data={bad}/no-caption", "a.png: The picture has no caption; write what it shows into a.txt"),
-        ("data={bad}/unreadable", "a.png cannot be read .*; save it anew"),
+        ("data={bad}/unreadable", "a.png: The picture cannot be read .*; save it anew"),
         ("stepz=3", "unknown key 'stepz'; the nearest valid key is 'steps'"),
         ("lora.rang=3", "unknown key 'lora.rang'; the nearest valid key is 'rank'"),
         ("steps='many'", r"'steps' is 'many' \(str\); input should be a valid integer"),
