@@ -222,6 +222,8 @@ def clear(folder: Path) -> Info:
     before = info(folder)
     for path in _entries(folder):
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # other files may lie there
+            path.parent.rmdir()
     return before
 
 

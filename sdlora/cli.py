@@ -328,6 +328,7 @@ def _show_plan(run: Config) -> None:
     for key, description in configs.unset(run).items():
         print(f"# {key} is not set: {description}")
     visits = run.steps * run.batch * run.optimizer.accumulation
-    epoch = sum(sample.repeats for sample in found.samples)
+    sides = len(run.resolution_px) if isinstance(run.resolution_px, list) else 1
+    epoch = sum(sample.repeats for sample in found.samples) * sides
     print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
     print(f"# base: {what.sentence}")

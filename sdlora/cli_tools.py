@@ -124,7 +124,7 @@ def check(
     ],
     kind: Annotated[str | None, typer.Option(help="style or character, if a folder is given")] = None,
     trigger: Annotated[str, typer.Option(help="the trigger word, if a folder is given")] = "",
-    resolution: Annotated[int, typer.Option(min=64, max=4096, help="in px, if a folder is given")] = 512,
+    resolution: Annotated[int | None, typer.Option(min=64, max=4096, help="in px, if a folder is given; 512 if nothing says it")] = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures per step, if a folder is given")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     sheet: Annotated[Path | None, typer.Option(help="a .png of every picture as it will be trained")] = None,
@@ -136,6 +136,8 @@ def check(
     if sheet is not None:
         _refuse_existing(sheet, ".png")
     run, grain_px, resolution_px = _run_of(data, kind, trigger, resolution, batch)
+    if sheet is not None and any(sheet.resolve().is_relative_to(folder.folder.resolve()) for folder in run.data):
+        raise UserError(f"{sheet} lies among the pictures, where nothing is ever written; give another place for the sheet.")
     found = materials.find(run)
     work = materials.examined(run, found, grain_px=grain_px, resolution_px=resolution_px)
     report: Report = _followed("looking at pictures", work, quiet=as_json)
@@ -165,9 +167,11 @@ def cache(
     from sdlora import cache as caches
 
     folder = caches.default_folder()
-    was = caches.clear(folder) if clear and not info else caches.info(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder, so nothing can be kept in it; set SDLORA_CACHE to another.")
+    was = caches.clear(folder) if clear else caches.info(folder)
     told = f"{was.entries} entries, {was.bytes / 2**20:.1f} MiB in {was.folder}"
-    console.print(f"Deleted {told}" if clear and not info else told, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Deleted {told}" if clear else told, highlight=False, soft_wrap=True, markup=False)
 
 
 # --- from words to values -----------------------------------------------------------------------------------------------------
@@ -206,24 +210,21 @@ def _weighed(words: str) -> tuple[Path, float]:
     return path, numbers[0] if numbers else 1.0
 
 
-def _run_of(data: Path, kind: str | None, trigger: str, resolution: int, batch: int) -> tuple[Any, int, int]:
+def _run_of(data: Path, kind: str | None, trigger: str, resolution: int | None, batch: int) -> tuple[Any, int, int]:
     """The run that is meant, with the step and the resolution of its base: a folder alone is looked at as Stable Diffusion would."""
     from sdlora import base_files, config, material
 
-    if data.suffix == ".toml" and data.is_file() and config.is_run(data):
+    is_toml = data.suffix == ".toml"
+    if is_toml and not data.is_file():
+        raise UserError(f"{data} does not exist; name a folder of pictures or the TOML file of a run.")
+    if is_toml and config.is_run(data):
         run = config.load(data)
         grain_px, resolution_px = base_files.sizes_of(run.base)
         return run, grain_px, resolution_px
-    values = {
-        "base": "unknown",
-        "data": str(data),
-        "kind": kind or "style",
-        "trigger": trigger,
-        "name": "check",
-        "resolution_px": resolution,
-    }
-    run = config.parse(values | ({} if data.suffix == ".toml" else {"batch": batch}), where="check")
-    return run.model_copy(update={} if kind else {"kind": None}), material.SD_STEP_PX, resolution
+    values: dict[str, Any] = {"base": "", "data": str(data), "kind": kind or "style", "trigger": trigger, "name": "check"}
+    values |= {} if resolution is None else {"resolution_px": resolution}
+    run = config.parse(values | ({} if is_toml else {"batch": batch}), where="check")
+    return run.model_copy(update={} if kind else {"kind": None}), material.SD_STEP_PX, 512
 
 
 def _refuse_existing(out: Path, suffix: str | None) -> None:

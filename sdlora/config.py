@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdlora import kohya_toml
 from sdlora.errors import UserError
 
+Level = Annotated[int, Field(ge=0, le=255)]
 Resolution = Annotated[int, Field(ge=64, le=4096, multiple_of=8)]
 
 
@@ -119,7 +120,7 @@ class SizeConfig(_Table):
     crop: Literal["centre", "top", "random"] = Field("centre", description="which part is kept; top keeps faces of portraits")
     crops: int = Field(4, ge=1, le=64, description="random crops per picture")
     flip: bool = Field(False, description="also learn the mirrored pictures; not for faces or lettering")
-    background: tuple[int, int, int] = Field((255, 255, 255), strict=False, description="RGB that transparent pictures are laid on")
+    background: tuple[Level, Level, Level] = Field((255, 255, 255), strict=False, description="RGB that transparent pictures are laid on")
 
 
 class ValidationConfig(_Table):
@@ -146,7 +147,7 @@ class Config(_Table):
     steps: int = Field(600, ge=1, le=1_000_000, description="optimizer steps")
     batch: int = Field(4, ge=1, le=1024, description="pictures per batch")
     seed: int = Field(0, ge=0, lt=2**31, description="all chance comes from it")
-    resolution_px: Resolution | list[Resolution] | None = Field(
+    resolution_px: Resolution | Annotated[list[Resolution], Field(min_length=1)] | None = Field(
         None, description="side of the square of the training sizes' area; one or several"
     )
     cache: Literal["disk", "memory"] = Field("disk", description="keep encoded pictures and captions for the next run, or not")
@@ -183,7 +184,7 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"Config {path} does not exist.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} is not valid TOML: {problem}.") from problem
     for change in changes or []:
@@ -219,6 +220,8 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
             f'{where}: output.format = "diffusers" cannot carry lora.dora, whose magnitudes are per input here; '
             'set output.format = "kohya" or lora.dora = false.'
         )
+    if reason := _contradiction(run):
+        raise UserError(f"{where}: {reason}")
     if run.regularisation != "none" and not run.class_word:
         raise UserError(f'{where}: regularisation needs class_word, what the subject is, such as "dog" or "person".')
     if run.lora.text_encoder is None:
@@ -230,9 +233,35 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     return run.model_copy(update={"untranslated": untranslated})
 
 
+def _contradiction(run: Config) -> str | None:
+    """Settings that cannot be meant together, in a sentence."""
+    folders = [folder.folder for folder in run.data]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    sides = run.resolution_px if isinstance(run.resolution_px, list) else []
+    checks = {
+        f"data names {twice} twice; name it once, and give repeats if it should count for more.": twice is not None,
+        "every data folder is regularisation, so nothing is learned; add the folder of your own pictures.": all(
+            folder.regularisation for folder in run.data
+        ),
+        "a data folder has both masks and alpha_masks; choose one.": any(folder.masks and folder.alpha_masks for folder in run.data),
+        "validation has both share and folder; choose one.": bool(run.validation.share and run.validation.folder),
+        "resolution_px names a side twice; name each once.": len(set(sides)) < len(sides),
+        "class_word is the trigger word; it is what the subject is, such as dog.": bool(
+            run.class_word and run.class_word.strip().lower() == run.trigger.strip().lower()
+        ),
+        "regularisation needs a trigger word, in whose place the class word stands; set trigger.": run.regularisation != "none"
+        and not run.trigger.strip(),
+        f"trigger is {run.trigger!r}; it is one word or phrase without commas or blanks around it.": run.trigger != run.trigger.strip()
+        or "," in run.trigger,
+    }
+    return next((sentence for sentence, wrong in checks.items() if wrong), None)
+
+
 def _with_data(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """`data` as a list of tables: a name is a folder, or a dataset TOML of sd-scripts, whose settings hold where the run says nothing."""
     data = values.get("data")
+    if isinstance(data, list):  # names alone are folders too
+        return values | {"data": [{"folder": one} if isinstance(one, str) else one for one in data]}, ()
     if not isinstance(data, str):
         return values, ()
     if not data.endswith(".toml"):
@@ -254,6 +283,8 @@ def unset(run: BaseModel, *, inside: str = "") -> dict[str, str]:
         value = getattr(run, key)
         if isinstance(value, BaseModel):
             found |= unset(value, inside=f"{inside}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            found |= unset(value[0], inside=f"{inside}{key}.")
         elif value is None:
             found[f"{inside}{key}"] = field.description or ""
     return found
@@ -306,4 +337,5 @@ def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
         "captions": CaptionConfig, "sizes": SizeConfig, "validation": ValidationConfig,
     }  # fmt: skip
     inner = [str(part) for part in place[:-1] if isinstance(part, str)]
-    return list(tables[inner[-1]].model_fields if inner and inner[-1] in tables else Config.model_fields)
+    fields = tables[inner[-1]].model_fields if inner and inner[-1] in tables else Config.model_fields
+    return [key for key, field in fields.items() if not field.exclude]

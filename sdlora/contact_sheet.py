@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,8 @@ _VEIL = 0.78  # share of paper over what is cut off
 _MASKED, _MASKED_SHARE = (150, 60, 170), 0.6  # colour and its share over what the mask leaves out
 _CAPTION_LINES, _FINDING_LINES = 3, 3
 _LETTER_PX, _TITLE_PX = 13, 22
+
+FONTS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "Helvetica.ttc")  # with accents; Pillow's own has few
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,9 @@ def _put(page: Image.Image, cell: _Cell, left: int, top: int) -> None:
 
 @lru_cache
 def _font(size_px: int) -> Font:
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size_px)
     return ImageFont.load_default(size_px)
 
 

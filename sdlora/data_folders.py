@@ -33,6 +33,7 @@ _OTHER_PICTURES = frozenset({
 _NOT_THE_USERS = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"})
 _REGULARISATION = frozenset({"reg", "regs", "regularisation", "regularization", "reg_images"})
 _MOST_LEVELS = 64  # of sub-folders: real trees have about 5, and paths end at 4,096 bytes
+_MASK_LABEL = "-masklabel"  # behind a picture's name: its mask, as OneTrainer writes it
 _MOST_REPEATS = 999  # a larger number before a folder's name is a year or a date
 
 _Identity = tuple[int, int] | Path  # device and number, the same for all names of one file
@@ -106,7 +107,9 @@ def scan(
     found_tables = [file.path for file in files if file.path.name.lower() in caption_tables.NAMES]
     tables = found_tables if metadata is None else [metadata]
     _note_leftovers(folder, [file for file in files if file.path not in {*found_tables, *tables}], caption_suffixes, findings)
-    pictures = _pictures(folder, files, findings)
+    all_pictures = _pictures(folder, files, findings)
+    labels = {(path.parent, path.stem): path for path in all_pictures if path.stem.endswith(_MASK_LABEL)}
+    pictures = [path for path in all_pictures if (path.parent, path.stem) not in labels]
     captions = _Captions(
         beside=_beside(files, caption_suffixes),
         rows=_rows(tables, folder, pictures, caption_lines == "alternatives", findings) if tables else None,
@@ -116,7 +119,8 @@ def scan(
         default=default_caption,
     )
     _note_clashes(pictures, captions.beside, findings)
-    mask_of = _masks(folder, masks, findings) if masks is not None else lambda _: None
+    beside = lambda picture: labels.get((picture.parent, picture.stem + _MASK_LABEL))  # noqa: E731
+    mask_of = beside if masks is None else _masks(folder, masks, findings)
     samples = []
     for picture in pictures:
         times = repeats * captions.classes.get(picture.parent, (1, ""))[0]

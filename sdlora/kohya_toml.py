@@ -211,6 +211,10 @@ def _settings(subsets: list[_Level]) -> tuple[dict[str, Any], list[str]]:
             place = settings.setdefault(table[0], {}) if table else settings
             if place.setdefault(last, value) != value:
                 said.append(f"{subset.where}, {key} = {value!r}: is the same for the whole run here, and {place[last]!r} is taken.")
+    learned = [_run_values(subset.values) for subset in subsets if not subset.values.get("is_reg")]
+    for key in sorted({key for values in learned for key in values}):
+        if not all(key in values for values in learned):
+            said.append(f"{key} stands in some subsets only, and counts for the whole run here.")
     return settings, said
 
 

@@ -49,7 +49,7 @@ def find(run: Config) -> Found:
     findings = (*_untranslated(run), *(finding for scan in scans for finding in scan.findings))
     if run.validation.folder:
         apart = data_folders.scan(run.validation.folder)
-        return Found(samples, apart.samples, findings + apart.findings)
+        return Found(samples, apart.samples, findings + apart.findings + _seen(samples, apart.samples))
     if not run.validation.share or not samples:
         return Found(samples, (), findings)
     kept, out = dataset.split([files.sha256(one.picture) for one in samples], share=run.validation.share)
@@ -71,6 +71,14 @@ def examined(
         most_shapes=run.sizes.most_shapes, upscale=run.sizes.upscale, crop=run.sizes.crop, held_out=found.held_out,
         regularisation=[i for i, folder in enumerate(run.data) if folder.regularisation], token_count=token_count,
     )  # fmt: skip
+
+
+def _seen(samples: Sequence[Sample], held_out: Sequence[Sample]) -> tuple[Finding, ...]:
+    """The held-out pictures that are trained on too, byte by byte."""
+    trained = {files.sha256(one.picture) for one in samples}
+    seen = [one.picture for one in held_out if files.sha256(one.picture) in trained]
+    what, advice = "The picture of the validation folder is also trained on.", "Take it out of one of the folders."
+    return tuple(Finding("stops", "validation-seen", what, advice, picture) for picture in seen)
 
 
 def find_or_refuse(run: Config) -> Found:
@@ -203,7 +211,9 @@ def _scan(folder: FolderConfig, source: int) -> data_folders.Scan:
 
 
 def _untranslated(run: Config) -> tuple[Finding, ...]:
-    return tuple(Finding("notes", "not-translated", words, "The run goes on without it.") for words in run.untranslated)
+    return tuple(
+        Finding("warns", f"not-translated-{i}", words, "The run does without it.") for i, words in enumerate(run.untranslated)
+    )  # fmt: skip
 
 
 def _masks(folder: FolderConfig) -> Path | None:

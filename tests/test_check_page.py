@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_folders_below_the_root_are_offered_and_no_others(root: Path) -> None:
     (root / "out").symlink_to(root.parent / "secret")
-    assert check_page.folders(root) == ["fine", "torn <b>"]
+    assert check_page.folders(root) == [".", "fine", "torn <b>"]
     *_, (status, findings, sheet) = check_page.look(root, "../secret", "style", "", 64)
     assert "no longer in" in status
     assert (findings, sheet) == ("", None)

@@ -700,6 +700,8 @@ def test_what_a_dataset_toml_asks_for_in_vain_is_named(tmp_path: Path) -> None:
         "dataset 1, subset 2, image_dir = 'a': stands there before",
         "dataset 2, subset 1, batch = 2: is the same for the whole run here, and 1 is taken.",
         "dataset 2, subset 1, captions.keep_first = 3",
+        "sizes.crop stands in some subsets only, and counts for the whole run here.",
+        "sizes.most_aspect stands in some subsets only, and counts for the whole run here.",
         "dataset 1, subset 1, resolution = [512, 768]: pictures keep their shape at about the area of a 624 px square.",
         "dataset 1, subset 2, resolution = [512, 768]",
         "resolution differs between datasets (624, 1024 px)",

@@ -8,7 +8,8 @@ HOUSE = (
     ("ground", "errors devices files progress events mini.shapes"),
     (
         "pure parts",
-        "buckets captions images noise loss deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks recipes mini.world",
+        "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks "
+        "recipes mini.world",
     ),
     (
         "disk and models",

@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         return honest(*args, **kwargs) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(train, "loss_of_batch", broken)
-    with pytest.raises(UserError, match=r"step 5 is not finite \(pictures \d\.png, \d\.png\).*last checkpoint stands"):
+    with pytest.raises(UserError, match=r"step 5 is not finite \(pictures \d\.png, \d\.png\).*saved before stand"):
         list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
     assert lora_file.read(run_folder.checkpoint_path(tmp_path / "run", "tiny", 3)).ranks == [2]
     assert not run_folder.result_path(tmp_path / "run", "tiny").exists()

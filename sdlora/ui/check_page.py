@@ -17,18 +17,19 @@ from sdlora import config, contact_sheet, dataset_report
 from sdlora import material as materials
 from sdlora.dataset_report import Report
 from sdlora.errors import UserError
+from sdlora.images import SUFFIXES
 from sdlora.ui.generate_actions import message
 
 COLOURS = {"stops": "bad", "warns": "busy", "notes": "calm"}
 
 
 def folders(root: Path) -> list[str]:
-    """The folders below the root that hold files, by their path in it."""
+    """The folders below the root that hold pictures at any depth, by their path in it."""
     if not root.is_dir():
         return []
     found = (path for path in [root, *root.rglob("*")] if path.is_dir() and not path.name.startswith("."))
     inside = (path for path in found if path.resolve().is_relative_to(root.resolve()))
-    return sorted(path.relative_to(root).as_posix() for path in inside if any(one.is_file() for one in path.iterdir()))
+    return sorted(path.relative_to(root).as_posix() for path in inside if any(one.suffix.lower() in SUFFIXES for one in path.rglob("*")))
 
 
 def look(root: Path, folder: str, kind: str, trigger: str, resolution: float) -> Iterator[tuple[str, str, Image.Image | None]]:
@@ -78,12 +79,19 @@ def layout(root: Path) -> None:
             again = gr.Button("Look again for folders", size="sm", elem_id="check-refresh", elem_classes="flat")
             kind = gr.Radio(["style", "character"], value="style", label="What they have in common", elem_id="check-kind")
             trigger = gr.Textbox(label="Trigger word", info="The word that will call the LoRA", elem_id="check-trigger")
-            resolution = gr.Dropdown([64, 512, 768, 1024], value=512, label="Resolution in px", elem_id="check-resolution")
+            resolution = gr.Number(512, label="Resolution in px", precision=0, minimum=64, maximum=4096, elem_id="check-resolution")
             go = gr.Button("Look at the pictures", variant="primary", elem_id="check")
         with gr.Column(scale=7, min_width=380):
             status = gr.HTML(message("Choose a folder. Nothing in it is changed."), elem_id="check-status", padding=False)
             findings = gr.HTML(elem_id="check-findings", padding=False)
-            sheet = gr.Image(label="As they will be trained", format="png", interactive=False, elem_id="check-sheet")
+            sheet = gr.Image(
+                label="As they will be trained",
+                show_label=False,
+                format="png",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="check-sheet",
+            )
 
     def on_look(*values: Any) -> Iterator[tuple[str, str, Image.Image | None]]:
         yield from look(root, *values)
