@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
-from sdlora import base_model, deltas, devices, lora, lora_file
+from sdlora import averaging, base_model, deltas, devices, lora, lora_file, optimizer
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -95,6 +96,32 @@ def rate_of(part: str, run: Config) -> float:
         return rates.learning_rate
     second = rates.text_encoder_2_learning_rate
     return second if part == "text_encoder_2" and second is not None else rates.text_encoder_learning_rate
+
+
+def optimizer_of(base: Base, run: Config) -> torch.optim.Optimizer:
+    """The run's optimizer over all that is trained.
+
+    Raises:
+        UserError: if its package is not installed, or it cannot give parts rates of their own.
+    """
+    every = [adapter for part in base.parts.values() for layer in lora.layers(part).values() for adapter in layer.each_adapter()]
+    split = optimizer.with_ratio(groups(base, run), ups=[adapter.up for adapter in every], ratio=run.optimizer.lora_plus_ratio)
+    return optimizer.make(run.optimizer.name, split, weight_decay=run.optimizer.weight_decay)
+
+
+def rate_factor(run: Config, step: int) -> float:
+    """The share of the peak rates at a step, 0 for the first."""
+    how = run.optimizer
+    shape = optimizer.Shape(cycles=how.cycles, power=how.power, decay=how.decay)
+    return optimizer.rate_factor(step, steps=run.steps, warmup=how.warmup, schedule=how.schedule, shape=shape)
+
+
+def limit_norms(base: Base, limit: float) -> None:
+    """Scales down every module's update that has grown beyond a norm."""
+    for part in base.parts.values():
+        for layer in lora.layers(part).values():
+            for adapter in layer.each_adapter():
+                averaging.limit_norm(adapter.down, adapter.up, scale=adapter.scale, limit=limit)
 
 
 def limits(base: Base, run: Config) -> Iterator[str]:

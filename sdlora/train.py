@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sdlora import (
     adapters,
+    averaging,
     base_model,
     buckets,
     devices,
@@ -55,6 +57,7 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     """
     began = time.monotonic()
     run_folder.check_free(folder)
+    optimizer.check_schedule(run.optimizer.name, run.optimizer.schedule)
     device = devices.best_device()
     dtype = devices.base_dtype(device)
     accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
@@ -62,8 +65,8 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     base, data, keep_text = ready.base, ready.data, ready.speech.states is None
 
     trainable = adapters.parameters(base)
-    adamw = optimizer.adamw(adapters.groups(base, run), weight_decay=run.optimizer.weight_decay)
-    adamw = accelerator.prepare_optimizer(adamw, device_placement=False)
+    mover = accelerator.prepare_optimizer(adapters.optimizer_of(base, run), device_placement=False)
+    average = averaging.start(trainable) if run.optimizer.ema else []
     base_model.set_training(base, True)
     run_folder.create(folder, run)
     parameters = sum(weight.numel() for weight in trainable)
@@ -76,8 +79,8 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
     alphas = base.alphas
     for step in range(1, run.steps + 1):
         step_began = time.monotonic()
-        factor = optimizer.rate_factor(step - 1, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
-        optimizer.set_rates(adamw, factor)
+        factor = adapters.rate_factor(run, step - 1)
+        optimizer.set_rates(mover, factor)
         total, pictures = torch.zeros((), device=device), set()
         for part in range(run.optimizer.accumulation):
             batch_index = (step - 1) * run.optimizer.accumulation + part
@@ -91,29 +94,45 @@ def train(run: Config, folder: Path) -> Iterator[Event]:
         value, length = torch.stack([total, norm]).tolist()
         if not math.isfinite(value) or not (math.isfinite(length) or accelerator.scaler):  # fp16's scaler leaves such steps out itself
             raise UserError(_not_finite(step, pictures))
-        adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        mover.step()
+        mover.zero_grad(set_to_none=True)
+        if run.optimizer.max_norm:
+            adapters.limit_norms(base, run.optimizer.max_norm)
+        if average:
+            averaging.update(average, trainable, decay=averaging.decay_at(step, decay=run.optimizer.ema))
         taken = Step(step, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
         run_folder.log(folder, event="step", **asdict(taken))
         yield taken
 
         last, stopping = step == run.steps, run_folder.is_asked_to_stop(folder)
         if not last and (stopping or (run.save_every and step % run.save_every == 0)):
-            yield Saved(step, result.save(base, run, run_folder.checkpoint_path(folder, run.name, step), step=step, data=data))
+            with speaking(mover, trainable, average):
+                saved = result.save(base, run, run_folder.checkpoint_path(folder, run.name, step), step=step, data=data)
+            yield Saved(step, saved)
         if not last and stopping:
             run_folder.log(folder, event="stopped", step=step)
             run_folder.forget_stop(folder)
             yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
             return
         if run.sample_every and (last or step % run.sample_every == 0):
-            yield draw_samples(base, run, folder, data, step=step, keep_text=keep_text)
+            with speaking(mover, trainable, average):
+                sampled = draw_samples(base, run, folder, data, step=step, keep_text=keep_text)
+            yield sampled
 
-    path = result.save(base, run, run_folder.result_path(folder, run.name), step=run.steps, data=data)
+    with speaking(mover, trainable, average):
+        path = result.save(base, run, run_folder.result_path(folder, run.name), step=run.steps, data=data)
     if run.output.sidecars:
         result.write_sidecars(base, run, path, preview=run_folder.newest_sample(folder))
     run_folder.log(folder, event="done", path=path.name)
     yield Saved(run.steps, path)
     yield Done(path, time.monotonic() - began)
+
+
+@contextmanager
+def speaking(mover: torch.optim.Optimizer, weights: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts the adapters hold what is drawn with and saved: the average, if one is kept, and a settled optimizer's weights."""
+    with optimizer.settled(mover), averaging.swapped(weights, average) if average else nullcontext():
+        yield
 
 
 @dataclass(frozen=True)
@@ -162,15 +181,21 @@ def loss_of_batch(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batc
     Args:
         alphas: ᾱ [T].
     """
-    generator = devices.generator(run.seed, batch_index)
+    generator, aim = devices.generator(run.seed, batch_index), run.objective
     clean = latents.draw(batch.seen, generator=generator)
-    drawn = torch.randn(clean.shape, generator=generator).to(clean.device)
-    timesteps = noise.stratified_timesteps(len(clean), count=len(alphas), generator=generator).to(clean.device)
-    noisy = noise.add_noise(clean, drawn, alphas, timesteps)
+    drawn = torch.randn(clean.shape, generator=generator)
+    drawn = noise.with_offset(drawn, strength=aim.noise_offset, generator=generator)
+    drawn = noise.pyramid(drawn, discount=aim.pyramid_discount, levels=aim.pyramid_levels, generator=generator).to(clean.device)
+    timesteps = noise.timesteps(
+        len(clean), count=len(alphas), generator=generator, stratified=aim.stratified, density=aim.timesteps, low=aim.timestep_low,
+        high=aim.timestep_high, mean=aim.timestep_mean, scale=aim.timestep_scale,
+    ).to(clean.device)  # fmt: skip
+    noisy = noise.add_noise(clean, noise.perturbed(drawn, strength=aim.input_perturbation, generator=generator), alphas, timesteps)
     wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)
     predicted = base_model.predict(base, noisy, timesteps, batch.text, batch.sizes)
-    weight = loss.min_snr_weight(loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
-    error = loss.squared_error(predicted, wanted, mask=latents.masks(batch.seen))
+    weight = loss.WEIGHTINGS[aim.weighting](loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
+    delta = loss.DELTAS[aim.huber_schedule](alphas, timesteps, delta=aim.huber_delta) if aim.loss == "huber" else None
+    error = loss.sample_error(predicted, wanted, form=aim.loss, mask=latents.masks(batch.seen), delta=delta)
     own = (error * weight * batch.weights).mean()
     return own + run.regularisation_weight * prior_loss(base, batch, noisy, timesteps) if batch.prior else own
 

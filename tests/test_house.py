@@ -13,9 +13,9 @@ HOUSE = (
     ),
     (
         "disk and models",
-        "config dataset data_folders caption_tables kohya_toml views caption_findings picture_findings weights_file lora_formats "
-        "lora_layouts lora_file base_model base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs hub "
-        "tokenizer_files text text_embeddings latents mini.tokens mini.reader mini.lead",
+        "config config_tables dataset data_folders caption_tables kohya_toml views caption_findings picture_findings weights_file "
+        "lora_formats lora_layouts lora_file base_model base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs "
+        "hub tokenizer_files text text_embeddings latents mini.tokens mini.reader mini.lead",
     ),
     (
         "rooms",
