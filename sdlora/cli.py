@@ -115,6 +115,8 @@ def generate(
     opened = _open_base(base, embedding, vae=vae, tokenizer=tokenizer, family=family, prediction=prediction, clip_skip=clip_skip)
     generator.set_loras(opened, loras)
     with progress() as bar:
+        if any("<lora:" in request.prompt for request in requests):
+            bar.print("Note: <lora:…> in a prompt is drawn as words; give the file with --lora FILE:STRENGTH.")
         for request in requests:
             drawn = generator.pictures(opened, request, count=count)
             for one, image in bar.each(request.prompt, drawn, total=count):

@@ -118,19 +118,6 @@ def size_of(path: Path) -> tuple[int, int]:
         return (file.height, file.width) if lying else file.size
 
 
-def mask_beside(picture: Path, folder: Path) -> Path | None:
-    """The picture in the mask folder that has this picture's name, whatever its ending.
-
-    Raises:
-        UserError: if there are several.
-    """
-    found = sorted(path for path in folder.glob("*") if path.stem == picture.stem and path.suffix.lower() in SUFFIXES)
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
-        raise UserError(f"Picture {picture} has several masks in {folder}: {names}; leave one of them there.")
-    return found[0] if found else None
-
-
 def place(image: Image.Image, *, resized_px: tuple[int, int], left: int, top: int, size_px: tuple[int, int]) -> Image.Image:
     """The picture resized, then the box of `size_px` cut out of it.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Found:
     findings: tuple[Finding, ...]
 
 
-@dataclass(frozen=True, eq=False)  # by identity, so that its epochs can be remembered
+@dataclass(frozen=True)
 class Material:
     """Samples with the items they are trained as, and the caption rules of each data folder, drawn pictures last."""
 
@@ -40,6 +40,16 @@ class Material:
     rules: tuple[CaptionRules, ...]
     weights: tuple[float, ...]  # of the loss, by data folder as the rules
     starts: tuple[int, ...]  # of each item's visits, when all visits of an epoch are numbered
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The training size of each item."""
+        return tuple(item.shape_px for item in self.items)
+
+    @cached_property
+    def repeats(self) -> tuple[int, ...]:
+        """How often each item is seen per epoch."""
+        return tuple(item.repeats for item in self.items)
 
 
 def find(run: Config) -> Found:
@@ -157,19 +167,12 @@ def rules(run: Config, folder: FolderConfig) -> CaptionRules:
 
 def batches_per_epoch(one: Material, *, batch: int) -> int:
     """How many batches an epoch has; the last ones of a size may be smaller."""
-    return len(_epoch(one, batch, 0, 0))
+    return dataset.steps_per_epoch(one.shapes, one.repeats, batch=batch)
 
 
 def batch_at(one: Material, *, batch: int, seed: int, batch_index: int) -> tuple[int, list[Visit]]:
     """The epoch and the visits of one batch, counted from the run's first."""
-    epoch, place = divmod(batch_index, batches_per_epoch(one, batch=batch))
-    return epoch, _epoch(one, batch, seed, epoch)[place]
-
-
-@lru_cache(maxsize=4)
-def _epoch(one: Material, batch: int, seed: int, epoch: int) -> list[list[Visit]]:
-    shapes, repeats = [item.shape_px for item in one.items], [item.repeats for item in one.items]
-    return dataset.epoch_batches(shapes, repeats, batch=batch, seed=seed, epoch=epoch)
+    return dataset.batch_of_step(one.shapes, one.repeats, batch=batch, seed=seed, index=batch_index)
 
 
 def view_at(one: Material, visit: Visit, *, seed: int, epoch: int) -> int:

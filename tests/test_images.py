@@ -515,15 +515,3 @@ def test_a_mask_keeps_its_area_when_it_shrinks() -> None:
     assert shares[1].tolist() == pytest.approx([0.5, 0.5, 0.25, 0, 0])
     odd = images.mask_tensor(Image.fromarray(mask), height=5, width=7)
     assert odd.mean().item() == pytest.approx(mask.mean() / 255, abs=1e-3)
-
-
-def test_the_mask_has_the_name_of_its_picture(tmp_path: Path) -> None:
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    (folder / "a.v2.PNG").touch()
-    (folder / "a.v2.txt").touch()
-    assert images.mask_beside(tmp_path / "a.v2.jpg", folder) == folder / "a.v2.PNG"
-    assert images.mask_beside(tmp_path / "a.jpg", folder) is None
-    (folder / "a.v2.webp").touch()
-    with pytest.raises(UserError, match=r"a\.v2\.jpg has several masks in .*: a\.v2\.PNG and a\.v2\.webp; leave one"):
-        images.mask_beside(tmp_path / "a.v2.jpg", folder)
