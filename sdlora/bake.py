@@ -126,15 +126,8 @@ def _shifts(base: BaseTensors, loras: Sequence[LoRA]) -> dict[Parameter, list[_S
 
 def _check_fit(base: BaseTensors, path: Path, modules: Mapping[str, Update]) -> None:
     """Whether every module of a LoRA has a place of its shape in the base."""
-    homeless, misshapen = [], []
-    for stem, update in modules.items():
-        weight, bias = (base.spots.get(base_tensors.parameter_of(stem, ending)) for ending in ("weight", "bias"))
-        if weight is None:
-            homeless.append(stem)
-            continue
-        empty = None if bias is None else torch.empty(bias.shape, device="meta")
-        if reason := deltas.misfit(update, torch.empty(weight.shape, device="meta"), bias=empty):
-            misshapen.append(f"{stem} {reason}")
+    fit = base_tensors.fit(base, modules)
+    homeless, misshapen = fit.homeless, fit.misshapen
     words = [f"{len(homeless)} of its {len(modules)} modules are not in it (such as {homeless[0]})"] if homeless else []
     words += [f"{len(misshapen)} of its {len(modules)} modules have another shape (such as {misshapen[0]})"] if misshapen else []
     if words:
