@@ -66,6 +66,7 @@ class OptimizerConfig(_Table):
     max_norm: float = Field(0.0, ge=0, description="largest norm of a module's update; 0 for none")
     clip_norm: float = Field(1.0, ge=0, description="largest norm of all gradients together; 0 for none")
     accumulation: int = Field(1, ge=1, le=1024, description="batches per step")
+    text_encoder_until: float = Field(1.0, ge=0, le=1, description="share of the steps after which the text encoders stand still")
 
 
 class ObjectiveConfig(_Table):
@@ -147,6 +148,9 @@ class ValidationConfig(_Table):
 
     share: float = Field(0.0, ge=0, lt=1, description="share of the pictures held out, at least one")
     folder: Path | None = Field(None, strict=False, description="a folder of its own instead")
+    every: int | None = Field(None, ge=0, description="steps between looks at them; as save_every if not given, 0 for none")
+    draws: int = Field(16, ge=1, le=256, description="fixed pairs of timestep and noise for each picture")
+    most_pictures: int = Field(16, ge=1, le=256, description="held-out pictures that are looked at, and as many of those trained on")
 
 
 class Config(_Table):
@@ -171,7 +175,9 @@ class Config(_Table):
     )
     cache: Literal["disk", "memory"] = Field("disk", description="keep encoded pictures and captions for the next run, or not")
     min_snr_gamma: float = Field(5.0, ge=0, description="limit of the loss weight (Hang et al. 2023); 0 for none")
-    save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for none")
+    save_every: int = Field(200, ge=0, description="steps between checkpoints; 0 for none but at the end")
+    keep_last: int = Field(2, ge=1, description="newest states that a run can go on from; LoRA files of checkpoints all stay")
+    keep_every: int = Field(0, ge=0, description="also the states of steps that are multiples; 0 for none")
     sample_every: int = Field(200, ge=0, description="steps between sample pictures, the base's own at step 0; 0 for none")
     sample_prompts: list[str] = Field([], description="prompts of the samples; two of the captions if empty")
     regularisation: Literal["none", "auto", "prediction"] = Field(
@@ -180,6 +186,9 @@ class Config(_Table):
     class_word: str = Field("", description="what the subject is, such as dog; stands for the trigger word in regularisation")
     regularisation_weight: float = Field(1.0, gt=0, description="of the regularisation's loss")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the frozen base; auto: bf16 on a GPU that has it")
+    report: bool = Field(True, description="report.html, report.md and compare.png at the end")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there; metrics.jsonl is always written")
     captions: CaptionConfig = CaptionConfig()
     sizes: SizeConfig = SizeConfig()
     validation: ValidationConfig = ValidationConfig()

@@ -76,6 +76,55 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """Held-out pictures were scored at their fixed timesteps and noise; step 0 is the base.
+
+    Args:
+        loss: mean over the held-out pairs; None if no picture is held out.
+        seen_loss: the same for as many pictures that are trained on.
+        bands: held-out loss by timestep, the least noisy quarter first.
+        drift: how far the LoRA moves the base's prediction on captions without the trigger, as a share of the prediction's square.
+    """
+
+    step: int
+    loss: float | None
+    seen_loss: float
+    bands: tuple[float, ...]
+    drift: float
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The run goes on after a step, from what an earlier start left; `notes` says what is worth knowing."""
+
+    step: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Paused:
+    """Somebody asked the run to wait after a step; the GPU is free meanwhile."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something is not as it was forecast, in a sentence; the run goes on."""
+
+    step: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The report was written."""
+
+    path: Path
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Stopped:
     """Somebody asked the run to end: a checkpoint of this step was saved."""
 
@@ -91,4 +140,20 @@ class Done:
     elapsed_s: float
 
 
-Event = Checking | Checked | Drawing | Encoding | Started | Step | Saved | Sampled | Stopped | Done
+Event = (
+    Checking
+    | Checked
+    | Drawing
+    | Encoding
+    | Started
+    | Continued
+    | Step
+    | Validated
+    | Saved
+    | Sampled
+    | Paused
+    | Alarm
+    | Stopped
+    | Reported
+    | Done
+)
