@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,16 +21,57 @@ def write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(temporary, content)
         temporary.replace(path)
     except OSError as problem:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written ({problem.strerror}); what stood there before is untouched. Free space or choose another folder."
         ) from problem
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    try:
+        sync_folder(path.parent)
+    except OSError as problem:
+        raise UserError(
+            f"{path} was written, but the disk does not confirm it ({problem.strerror}); look after the disk, then write it again."
+        ) from problem
+
+
+def write_through(path: Path, content: bytes) -> None:
+    """Writes bytes and waits until the disk has them.
+
+    Raises:
+        OSError: naming the file, also where the system's own does not.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:
+        problem.filename = str(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk has the names in a folder: before that, a power cut can undo a rename.
+
+    Raises:
+        OSError: naming the folder. Systems that cannot do it for folders at all are not an error.
+    """
+    if os.name == "nt":  # no folder can be opened there
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # as some network file systems answer
+            problem.filename = str(folder)
+            raise
 
 
 def make_folder(path: Path) -> None:
