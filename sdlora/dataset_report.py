@@ -288,7 +288,7 @@ def lines(report: Report, *, batch: int) -> list[str]:
     for one in report.buckets:
         cut = f"{one.mean_cropped:.1%} of each cut off, {one.most_cropped:.1%} at most"
         said.append(f"size {one.size_px[0]} by {one.size_px[1]}: {_count(one.pictures, 'picture')}, {cut}.")
-    return said + [f"for a {one.kind}: {' '.join(one.reasons)}" for one in report.recommended]
+    return said + [f"for a {one.kind} on {one.title}: {' '.join(one.reasons)}" for one in report.recommended]
 
 
 def as_json(report: Report) -> dict[str, Any]:
