@@ -13,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from sdlora.amounts import number
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8609a")  # Okabe and Ito 2008; in a page --line-0 to --line-3 go before them
 DASHES = ("", "7 4", "2 4", "10 4 2 4")
 MOST_POINTS = 600  # a line on paper has no more to show: 1.6 points per unit of width
 
 _WIDTH, _HEIGHT = 440, 270  # units; on a phone of 360 px a letter is still 10 px high
 _LETTER, _LINE = 12, 17  # height of a letter and of a line of text
-_RIGHT, _BOTTOM = 14, 38
+_RIGHT, _BOTTOM = 22, 38
 _DOTS = 40  # lines of fewer points show each of them, with its numbers as a tooltip
 
 
@@ -76,18 +78,18 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
         log_y: a logarithmic scale; values of 0 and below are left out.
     """
     drawn = [_cleaned(one, log_y) for one in series]
-    named = [(number, one) for number, one in enumerate(drawn) if one.label]
-    rows = _legend_rows([one for _, one in named]) if len(named) > 1 else []
+    named = [one for one in drawn if one.label]
+    rows = _legend_rows(named) if len(named) > 1 else []
     words = [f"<title>{_escaped(title)}</title>", f"<desc>{_escaped(_description(drawn, x_label, y_label))}</desc>"]
     if not any(math.isfinite(y) for one in drawn for y in one.y):
         parts = [_text(_WIDTH / 2, _HEIGHT / 2, "no values", anchor="middle")]
     else:
-        top = 10 + _LINE * (len(rows) + 1)
+        top = 14 + _LINE * (len(rows) + 1)
         frame, y_ticks = _frame(drawn, [mark.x for mark in marks], top=top, log_y=log_y)
         parts = [
             *_legend(rows),
             *_axes(frame, y_ticks, x_label=x_label, y_label=y_label),
-            *(_mark(mark, frame, number) for number, mark in enumerate(marks)),
+            *(_mark(mark, frame, row) for row, mark in enumerate(marks)),
             *(_line(one, frame) for one in sorted(drawn, key=lambda one: not one.faint)),
             *(dot for one in drawn for dot in _dots(one, frame, x_label)),
         ]
@@ -105,8 +107,8 @@ def thin(x: Sequence[float], y: Sequence[float], *, most: int = MOST_POINTS) -> 
         return list(x), list(y)
     stretches = (most - 2) // 3
     kept = {0, len(x) - 1}
-    for number in range(stretches):
-        stretch = range(number * len(x) // stretches, (number + 1) * len(x) // stretches)
+    for which in range(stretches):
+        stretch = range(which * len(x) // stretches, (which + 1) * len(x) // stretches)
         finite = [i for i in stretch if math.isfinite(y[i])]
         kept |= {min(finite, key=lambda i: y[i]), max(finite, key=lambda i: y[i])} if finite else set()
         kept |= set([i for i in stretch if not math.isfinite(y[i])][:1])
@@ -142,17 +144,7 @@ def ticks(low: float, high: float, *, most: int = 5, least_step: float = 0.0) ->
     rough = max((high - low) / most, least_step, 1e-300)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def number(value: float, *, digits: int = 6) -> str:
-    """A number for people: thousands apart, no trailing zeros, and very small ones as 2e-5."""
-    if not math.isfinite(value):
-        return "not finite"
-    if value == 0 or abs(value) >= 1e-4:
-        return f"{value:,.0f}" if abs(value) >= 10 ** min(digits, 4) else f"{value:,.{digits}g}"
-    head, _, power = f"{value:.{min(digits, 3)}g}".partition("e")
-    return f"{head}e{int(power)}" if power else head
+    return [count * step for count in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _cleaned(one: Series, log_y: bool) -> Series:
@@ -196,8 +188,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _axes(frame: _Frame, y_ticks: Sequence[float], *, x_label: str, y_label: str) -> Iterable[str]:
     """Pale lines across at the ticks with their numbers, and what the axes count."""
     foot = _HEIGHT - _BOTTOM
-    yield _text(2, frame.top - 9, y_label, faint=True)
-    yield _text(_WIDTH - _RIGHT, _HEIGHT - 4, x_label, anchor="end", faint=True)
+    yield _text(2, frame.top - 13, y_label, faint=True)
+    yield _text(_WIDTH - 4, _HEIGHT - 4, x_label, anchor="end", faint=True)
     for value in y_ticks:
         y = frame.down(value)
         yield f'<path d="M{frame.left:.1f} {y:.1f}H{_WIDTH - _RIGHT}" stroke="currentColor" stroke-opacity=".14"/>'
@@ -205,7 +197,8 @@ def _axes(frame: _Frame, y_ticks: Sequence[float], *, x_label: str, y_label: str
     yield f'<path d="M{frame.left:.1f} {foot}H{_WIDTH - _RIGHT}" stroke="currentColor" stroke-opacity=".5"/>'
     for value in ticks(*frame.x, most=6, least_step=1.0):
         yield f'<path d="M{frame.across(value):.1f} {foot}v4" stroke="currentColor" stroke-opacity=".5"/>'
-        yield _text(frame.across(value), foot + 17, number(value), anchor="middle", faint=True)
+        half = 0.3 * _LETTER * len(number(value))  # of its width, so that the last number is not cut off
+        yield _text(min(frame.across(value), _WIDTH - 2 - half), foot + 17, number(value), anchor="middle", faint=True)
 
 
 def _mark(mark: Mark, frame: _Frame, row: int) -> str:
@@ -261,8 +254,8 @@ def _legend_rows(series: Sequence[Series]) -> list[list[tuple[float, Series]]]:
 
 
 def _legend(rows: Sequence[Sequence[tuple[float, Series]]]) -> Iterable[str]:
-    for number, row in enumerate(rows):
-        y = 14 + number * _LINE
+    for which, row in enumerate(rows):
+        y = 14 + which * _LINE
         for left, one in row:
             yield f'<path d="M{left:.1f} {y - 4}h24" stroke-linecap="round" {_stroke(one)}/>'
             yield _text(left + 30, y, one.label)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sdlora import charts
+from sdlora import amounts, charts
 from sdlora.charts import Mark, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -146,7 +146,7 @@ def test_whole_numbers_have_whole_ticks() -> None:
     [(0, "0"), (0.30000000000000004, "0.3"), (1234, "1,234"), (1e6, "1,000,000"), (2e-5, "2e-5"), (0.0001, "0.0001"), (-0.5, "-0.5")],
 )
 def test_numbers_are_for_people(value: float, text: str) -> None:
-    assert charts.number(value) == text
+    assert amounts.number(value) == text
 
 
 def test_smoothing_is_the_mean_around_and_forgets_what_is_not_finite() -> None:
