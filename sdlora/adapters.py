@@ -80,13 +80,14 @@ def parameters(base: Base) -> list[nn.Parameter]:
 
 
 def groups(base: Base, run: Config) -> list[tuple[list[nn.Parameter], float]]:
-    """The trained weights with their peak learning rates, one group per rate."""
-    found: dict[float, list[nn.Parameter]] = {}
+    """The trained weights with their peak learning rates, one group per rate, those of text encoders apart."""
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for part, module in base.parts.items():
         for name, layer in lora.layers(module).items():
             own = [one.learning_rate for one in run.lora.overrides if one.learning_rate is not None and fnmatchcase(name, one.pattern)]
-            found.setdefault(own[-1] if own else rate_of(part, run), []).extend(layer.adapters["default"].parameters())
-    return [(weights, rate) for rate, weights in found.items()]
+            place = (part != "unet", own[-1] if own else rate_of(part, run))
+            found.setdefault(place, []).extend(layer.adapters["default"].parameters())
+    return [(weights, rate) for (_, rate), weights in found.items()]
 
 
 def rate_of(part: str, run: Config) -> float:
@@ -106,7 +107,11 @@ def optimizer_of(base: Base, run: Config) -> torch.optim.Optimizer:
     """
     every = [adapter for part in base.parts.values() for layer in lora.layers(part).values() for adapter in layer.each_adapter()]
     split = optimizer.with_ratio(groups(base, run), ups=[adapter.up for adapter in every], ratio=run.optimizer.lora_plus_ratio)
-    return optimizer.make(run.optimizer.name, split, weight_decay=run.optimizer.weight_decay)
+    made = optimizer.make(run.optimizer.name, split, weight_decay=run.optimizer.weight_decay)
+    unet = {id(weight) for weight in lora.parameters(base.unet)}
+    for group in made.param_groups:
+        group["text"] = id(group["params"][0]) not in unet
+    return made
 
 
 def rate_factor(run: Config, step: int) -> float:
@@ -114,6 +119,13 @@ def rate_factor(run: Config, step: int) -> float:
     how = run.optimizer
     shape = optimizer.Shape(cycles=how.cycles, power=how.power, decay=how.decay)
     return optimizer.rate_factor(step, steps=run.steps, warmup=how.warmup, schedule=how.schedule, shape=shape)
+
+
+def set_rates(mover: torch.optim.Optimizer, run: Config, step: int) -> float:
+    """Sets the rates of a step, 0 for the first, and returns the UNet's."""
+    factor = rate_factor(run, step)
+    optimizer.set_rates(mover, factor, text=float(step < round(run.optimizer.text_encoder_until * run.steps)))
+    return run.optimizer.learning_rate * factor
 
 
 def limit_norms(base: Base, limit: float) -> None:

@@ -1,7 +1,7 @@
 """The command line: each command reads its arguments, calls the room that does the work, and shows its progress.
 
 The heavy libraries are imported inside the commands, so that `--help` answers at once. Exit codes: 0 done, 2 a mistake that the user
-can mend (one sentence), 130 interrupted (a checkpoint is kept), 1 our bug.
+can mend (one sentence), 130 and 143 interrupted (a state is kept that the run can go on from), 1 our bug.
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdlora import cli_train
 from sdlora.cli_tools import number, tools, with_numbers
 from sdlora.errors import UserError
 from sdlora.progress import console, progress
 
 if TYPE_CHECKING:
     from sdlora.base_model import Base
-    from sdlora.config import Config
     from sdlora.generate import LoRA, Request
 
 cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
+cli.add_typer(cli_train.training)
 cli.add_typer(tools)
 
 BaseName = Annotated[str, typer.Option(help="mini, a diffusers folder, a .safetensors checkpoint, or a hub name")]
@@ -55,34 +53,15 @@ def demo(out: RunFolder = None) -> None:
     """Trains on the bundled style and draws a sheet of pictures with and without the LoRA."""
     from sdlora import demo as story
 
-    folder = out or _free_folder(Path("runs/demo"))
     run = story.style_config()
-    path = _train(run, folder)
+    folder, resume = cli_train.folder_for(Path("runs/demo"), out)
+    path = cli_train.follow(run, folder, resume=resume)
     with progress() as bar:
         sheet = bar.run("drawing the sheet", story.sheet(run, path, folder / "sheet.png"))
     console.print(f"\nThe style as a LoRA file:      {path}", soft_wrap=True)
     console.print(f"Pictures without and with it:  {sheet}", soft_wrap=True)
     command = f"{Path(sys.argv[0]).name if sys.argv[0].endswith('sdlora') else 'sdlora'} app --loras {folder}"
     console.print(f"Play with its strength:        {command}", soft_wrap=True)
-
-
-@cli.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="the run's TOML file")],
-    changes: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. lora.rank=8")] = [],  # noqa: B006
-    out: RunFolder = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
-) -> None:
-    """Trains a LoRA as a TOML file says."""
-    from sdlora import config as configs
-
-    run = configs.load(config, changes=changes)
-    if dry_run:
-        _show_plan(run)
-        return
-    folder = out or _free_folder(Path("runs") / run.name)
-    path = _train(run, folder)
-    console.print(f"The LoRA file: {path}", soft_wrap=True)
 
 
 @cli.command()
@@ -250,87 +229,7 @@ def _open_base(name: str, embeddings: list[str], **options: Any) -> Base:
     return base
 
 
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or with the first number behind it that no run has taken."""
-    folders = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
-    return next(one for one in folders if not (one / "metrics.jsonl").exists())
-
-
 def _free_picture(folder: Path, seed: int) -> Path:
     """A name that counts on from the pictures in a folder: nothing is written over."""
     taken = [int(found[1]) for path in folder.glob("*.png") if (found := re.match(r"(\d+)-", path.name))]
     return folder / f"{max(taken, default=0) + 1:05d}-{seed}.png"
-
-
-# --- training -----------------------------------------------------------------------------------------------------------------
-
-
-def _train(run: Config, folder: Path) -> Path:
-    """Runs the training with a progress bar; the first Ctrl-C saves and ends with exit code 130, a second ends at once."""
-    from sdlora import events, run_folder
-    from sdlora import train as story
-
-    run_folder.check_free(folder)
-    console.print(f"Run folder {folder}", highlight=False, soft_wrap=True)
-    with progress() as bar, _ctrl_c_asks_to_stop(folder):
-        for event in story.train(run, folder):
-            match event:
-                case events.Checking(done, total):
-                    bar.show("looking at pictures", done, total)
-                case events.Checked():
-                    for line in event.lines:
-                        if line.startswith(("warns", "notes")):
-                            bar.print(line)
-                case events.Drawing(done, total):
-                    bar.show("drawing regularisation pictures", done, total)
-                case events.Encoding(done, total):
-                    bar.show("encoding pictures", done, total)
-                case events.Started():
-                    bar.print(
-                        f"{event.base}; {event.pictures} pictures; LoRA of rank {run.lora.rank} in {event.modules} modules, "
-                        f"{event.parameters:,} parameters; {event.steps} steps of {run.batch}"
-                    )
-                    for limit in event.limits:
-                        bar.print(f"Note: {limit}")
-                case events.Step():
-                    bar.show("training", event.step, run.steps, f"loss {event.loss:.4f}")
-                case events.Stopped():
-                    bar.print(f"Stopped after step {event.step}; the LoRA so far is {event.path}")
-                    raise typer.Exit(130)
-                case events.Done():
-                    return event.path
-    raise AssertionError("training ended without a result")
-
-
-@contextmanager
-def _ctrl_c_asks_to_stop(folder: Path) -> Iterator[None]:
-    from sdlora import run_folder
-
-    def ask(number: int, frame: object) -> None:
-        if run_folder.is_asked_to_stop(folder) or not (folder / "metrics.jsonl").exists():
-            raise KeyboardInterrupt
-        run_folder.ask_to_stop(folder)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _show_plan(run: Config) -> None:
-    """The resolved config, and what it would train on; everything that can be checked without training is."""
-    from sdlora import base_files, base_model, material
-    from sdlora import config as configs
-
-    found = material.find_or_refuse(run)
-    what = base_files.identify(run.base, family=run.family, prediction=run.prediction)
-    base_model.targets(run.lora.targets)
-    print(configs.to_toml(run))
-    for key, description in configs.unset(run).items():
-        print(f"# {key} is not set: {description}")
-    visits = run.steps * run.batch * run.optimizer.accumulation
-    sides = len(run.resolution_px) if isinstance(run.resolution_px, list) else 1
-    epoch = sum(sample.repeats for sample in found.samples) * sides
-    print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
-    print(f"# base: {what.sentence}")

@@ -11,8 +11,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def base_dtype(device: torch.device) -> torch.dtype:
-    """The frozen base's format: bf16 on GPUs that have it, fp16 on others, fp32 on the CPU."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def base_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
+    """The frozen base's format.
+
+    Args:
+        precision: a key of `PRECISIONS`, or "auto": bf16 on GPUs that have it, fp16 on others, fp32 on the CPU.
+    """
+    if precision != "auto":
+        return PRECISIONS[precision]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16

@@ -47,6 +47,7 @@ class Started:
     steps: int
     base: str = ""
     limits: tuple[str, ...] = ()
+    held_out: int = 0
 
 
 @dataclass(frozen=True)

@@ -242,10 +242,31 @@ def rate_factor(step: int, *, steps: int, warmup: float, schedule: str, shape: S
     return SCHEDULES[schedule](step - rising, max(1, steps - rising), shape)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's rate to its peak times the factor."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, *, text: float = 1.0) -> None:
+    """Sets each group's rate to its peak times the factor.
+
+    Args:
+        text: another factor for groups that say `text`; 0 lets the text encoders stand still.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        group["lr"] = group["peak"] * factor * (text if group.get("text") else 1.0)
+
+
+def leave_out(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> bool:
+    """Tells the optimizer to leave out its next step if `bad` is not 0, without waiting to know whether it is.
+
+    Fused optimizers of torch read such a number on the device, as they do for its loss scaler, and touch neither weights nor state.
+
+    Args:
+        bad: [] fp32, 0 or 1.
+
+    Returns:
+        Whether it can; if not, look at `bad` before the step.
+    """
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    optimizer.found_inf = bad  # type: ignore[attr-defined]  # torch's own protocol, see torch.amp.GradScaler
+    return True
 
 
 @contextmanager

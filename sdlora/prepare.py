@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sdlora import adapters, base_files, base_model, cache, dataset_report, generate, lora, regularisation, text
+from sdlora import adapters, base_files, base_model, cache, dataset_report, generate, lora, regularisation, text, validation
 from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
@@ -22,7 +22,9 @@ from sdlora.events import Checked, Checking, Drawing, Encoding, Event
 from sdlora.latents import Latents
 from sdlora.material import Found, Material
 from sdlora.text import Tokens
+from sdlora.validation import Exam, Subject
 
+ASKED = 4  # pictures that are looked at if none is held out
 MOST_STATES = 4096  # texts that are encoded ahead; a run that hears more keeps its text encoder and encodes each batch
 
 
@@ -45,12 +47,15 @@ class Prepared:
     seen: tuple[tuple[Latents, ...], ...]
     speech: Speech
     modules: int
+    apart: tuple[Sample, ...] = ()  # held out
+    exam: Exam | None = None  # what is asked of them, if they are looked at
 
 
-def prepare(run: Config, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Generator[Event, None, Prepared]:
+def prepare(run: Config, found: Found, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Generator[Event, None, Prepared]:
     """Everything up to the first step.
 
     Args:
+        found: the run's pictures, from `material.find_or_refuse`.
         folder: the run's, for drawn pictures if nothing is kept in the user's cache.
 
     Yields:
@@ -60,7 +65,6 @@ def prepare(run: Config, folder: Path, *, device: torch.device, dtype: torch.dty
         UserError: if the data or the base cannot be used.
     """
     began_s = time.time()
-    found = materials.find_or_refuse(run)
     base = open_base(run, device=device, dtype=dtype)
     kept = cache.default_folder() if run.cache == "disk" else None
     trouble = cache.trouble(kept) if kept else None
@@ -73,10 +77,11 @@ def prepare(run: Config, folder: Path, *, device: torch.device, dtype: torch.dty
     seen = yield from encode(run, data, base, kept)
     added = adapters.add_lora(base, run)
     speech = listen(base, run, data, trains_text=any(part != "unet" for part in added), folder=kept)
+    exam = examination(run, base, data, seen, found.held_out, speech, kept) if every(run) else None
     base_model.send_away(base, text=speech.states is not None)
     if kept:
         cache.trim(kept, since_s=began_s)
-    return Prepared(base, data, seen, speech, sum(map(len, added.values())))
+    return Prepared(base, data, seen, speech, sum(map(len, added.values())), found.held_out, exam)
 
 
 def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
@@ -165,6 +170,35 @@ def listen(base: Base, run: Config, data: Material, *, trains_text: bool, folder
     ahead = not trains_text and len(heard) <= MOST_STATES
     states = cache.text_states(base, tokens, folder=folder) if ahead else None
     return Speech({words: row for row, words in enumerate(heard)}, tokens, states, untouched(base, tokens, folder) if prior else None)
+
+
+def every(run: Config) -> int:
+    """Steps between looks at held-out pictures; 0 for none."""
+    return run.save_every if run.validation.every is None else run.validation.every
+
+
+def examination(
+    run: Config,
+    base: Base,
+    data: Material,
+    seen: Sequence[Sequence[Latents]],
+    apart: tuple[Sample, ...],
+    speech: Speech,
+    folder: Path | None,
+) -> Exam:
+    """What is asked at each look: of the held-out pictures, and of as many that are trained on."""
+    held = material_of(run, apart, base) if apart else None
+    asked: list[Subject] = []
+    if held:
+        views = [view for item in held.items for view in item.views[:1]]
+        made = list(cache.latents(base, views, folder=folder, background=run.sizes.background))
+        asked += validation.subjects(held, [(one.to(base.device),) for one in made], most=run.validation.most_pictures, held_out=True)
+    extra = {source for source, one in enumerate((*run.data, None)) if one is None or one.regularisation}
+    asked += validation.subjects(data, seen, most=len(asked) or ASKED, held_out=False, without=extra)
+    return validation.exam(
+        base, asked, seed=run.seed, draws=run.validation.draws, trigger=run.trigger, class_word=run.class_word,
+        trains_text=bool(run.lora.text_encoder), chunks=speech.tokens.ids[0].shape[1],
+    )  # fmt: skip
 
 
 def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:

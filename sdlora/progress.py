@@ -54,11 +54,16 @@ class Bars:
 
 
 @contextmanager
-def progress() -> Iterator[Bars]:
-    """Bars for as long as the block lasts."""
+def progress(*, quiet: bool = False) -> Iterator[Bars]:
+    """Bars for as long as the block lasts.
+
+    Args:
+        quiet: says nothing at all.
+    """
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    where = Console(quiet=True) if quiet else console
+    with Progress(*columns, console=where, disable=not where.is_terminal) as bars:
         yield Bars(bars)

@@ -1,22 +1,54 @@
 """The run folder: what a run leaves behind, and the only thing between training and whoever watches it.
 
 config.toml      the resolved config; it repeats the run
-metrics.jsonl    one line per step and per event
+metrics.jsonl    one line per step and per event, each with its time
 checkpoints/     <name>-<step>.safetensors, each a whole LoRA file
+state/           <step>/, what the run can go on from
 samples/         <step>-<number>.png, drawn while training; step 0 is the base
-stop             made by whoever wants the run to end: it saves a checkpoint and ends after the step
-<name>.safetensors
+stop, pause, save, sample    made by whoever asks for it: saves and ends after the step; waits until the file is gone; saves; draws
+run.lock         whose run it is while it runs
+<name>.safetensors, verdict.json, report.html, report.md, compare.png    what it ends with
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdlora import config, files
+from sdlora import config, files, run_lock
 from sdlora.config import Config
 from sdlora.errors import UserError
+from sdlora.events import Event, Sampled
+
+REQUESTS = ("stop", "pause", "save", "sample")
+
+
+@contextmanager
+def opened(folder: Path, *, resume: bool) -> Iterator[None]:
+    """The folder as this run's own for as long as the block lasts; one that nothing was written to vanishes again.
+
+    Args:
+        resume: whether a run that is there already is gone on with.
+
+    Raises:
+        UserError: if it holds a run and is not to be resumed, another run is at work in it, or it cannot be written.
+    """
+    if not resume:
+        check_free(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    files.make_folder(folder)
+    try:
+        with run_lock.held(folder):
+            yield
+    finally:
+        for one in made:
+            if not any(one.iterdir()):
+                one.rmdir()
 
 
 def check_free(folder: Path) -> None:
@@ -27,27 +59,26 @@ def check_free(folder: Path) -> None:
     """
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away.")
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
-    files.make_folder(folder)  # what cannot be written is said before hours of work
-    for one in made:
-        one.rmdir()
 
 
-def create(folder: Path, run: Config) -> None:
-    """Makes the folder and writes the resolved config.
+def is_unfinished(folder: Path) -> bool:
+    """Whether it holds a run that has not come to its end."""
+    return (folder / "metrics.jsonl").exists() and not any(row["event"] == "done" for row in rows(folder))
+
+
+def begin(folder: Path, run: Config, *, step: int) -> None:
+    """Makes ready for the steps after `step`: the resolved config is written, and what was noted of later steps is taken away.
 
     Raises:
-        UserError: if it holds a run already, or cannot be written.
+        UserError: if it cannot be written.
     """
-    check_free(folder)
-    try:
-        for name in ("checkpoints", "samples"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        forget_stop(folder)
-    except OSError as problem:
-        raise UserError(f"Run folder {folder} cannot be made ({problem.strerror}); choose another with --out.") from problem
+    for name in ("checkpoints", "samples"):
+        files.make_folder(folder / name)
+    for name in REQUESTS:
+        forget(folder, name)
     files.write(folder / "config.toml", config.to_toml(run).encode())
-    files.write(folder / "metrics.jsonl", b"")
+    kept = [row for row in rows(folder) if step and row.get("step", 0) <= step and row["event"] != "done"]
+    files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
 def log(folder: Path, **row: Any) -> None:
@@ -58,24 +89,45 @@ def log(folder: Path, **row: Any) -> None:
     """
     try:
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | {"time_s": round(time.time(), 3)}) + "\n")
     except OSError as problem:
-        raise UserError(f"{folder / 'metrics.jsonl'} could not be written ({problem.strerror}); free space and start again.") from problem
+        raise UserError(
+            f"{folder / 'metrics.jsonl'} could not be written ({problem.strerror}); the newest state in {folder / 'state'} stands. "
+            "Free space or bring the folder back, and give the same command again."
+        ) from problem
 
 
-def ask_to_stop(folder: Path) -> None:
-    """Asks the run in a folder to save and end after its current step."""
-    (folder / "stop").touch()
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last line that a crash has torn is left out."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "event" in row:
+            found.append(row)
+    return found
 
 
-def is_asked_to_stop(folder: Path) -> bool:
-    """Whether somebody has asked the run to end."""
-    return (folder / "stop").exists()
+def ask(folder: Path, request: str) -> None:
+    """Asks the run in a folder for one of `REQUESTS`, to be met after its current step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / request).touch()
 
 
-def forget_stop(folder: Path) -> None:
-    """Takes the request to end away, once it has been followed."""
-    (folder / "stop").unlink(missing_ok=True)
+def is_asked(folder: Path, request: str) -> bool:
+    """Whether somebody has asked for it."""
+    return (folder / request).exists()
+
+
+def forget(folder: Path, request: str) -> None:
+    """Takes a request away, once it has been met."""
+    (folder / request).unlink(missing_ok=True)
 
 
 def sample_path(folder: Path, step: int, number: int) -> Path:
@@ -94,6 +146,23 @@ def checkpoint_path(folder: Path, name: str, step: int) -> Path:
     return folder / "checkpoints" / f"{name}-{step:06d}.safetensors"
 
 
+def states_path(folder: Path) -> Path:
+    """Where the states lie that the run can go on from."""
+    return folder / "state"
+
+
 def result_path(folder: Path, name: str) -> Path:
     """Where the finished LoRA lies."""
     return folder / f"{name}.safetensors"
+
+
+def event_row(event: Event, folder: Path) -> dict[str, Any]:
+    """An event as a line of `metrics.jsonl`: its name and its fields, paths from the run folder on."""
+    row = {"event": type(event).__name__.lower(), **{name: _plain(value, folder) for name, value in asdict(event).items()}}
+    return row | {"paths": [path.name for path in event.paths]} if isinstance(event, Sampled) else row
+
+
+def _plain(value: Any, folder: Path) -> Any:
+    if isinstance(value, Path):
+        return str(value.relative_to(folder)) if value.is_relative_to(folder) else str(value)
+    return [_plain(one, folder) for one in value] if isinstance(value, list | tuple) else value

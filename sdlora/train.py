@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from sdlora import (
@@ -22,127 +21,136 @@ from sdlora import (
     averaging,
     base_model,
     buckets,
+    course,
+    dataset,
     devices,
-    files,
-    generate,
     latents,
     lora,
     loss,
     noise,
     optimizer,
     prepare,
-    result,
+    processes,
     run_folder,
     text,
-)
+)  # fmt: skip
 from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
+from sdlora.course import Course
 from sdlora.errors import UserError
-from sdlora.events import Done, Event, Sampled, Saved, Started, Step, Stopped
+from sdlora.events import Event, Step, Stopped
 from sdlora.latents import Latents
-from sdlora.material import Material
 from sdlora.prepare import Prepared, Speech
 
 
-def train(run: Config, folder: Path) -> Iterator[Event]:
+def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False) -> Iterator[Event]:
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
+    Args:
+        resume: goes on with the run that the folder holds, from its newest good state, as if it had never stopped.
+        allow_changes: even if the config or the pictures are not as they were.
+
     Yields:
-        Checking per picture and Checked, Drawing, Encoding per view of a picture, Started, then Step, Saved and Sampled as they
-        happen, and Done, or Stopped if asked to end.
+        Checking per picture and Checked, Drawing, Encoding per view of a picture, Started, Continued if resumed, then Step, Sampled, Saved
+        and Paused as they happen, and Done, or Stopped if asked to end.
 
     Raises:
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
     began = time.monotonic()
-    run_folder.check_free(folder)
     optimizer.check_schedule(run.optimizer.name, run.optimizer.schedule)
     device = devices.best_device()
-    dtype = devices.base_dtype(device)
-    accelerator = Accelerator(mixed_precision=devices.mixed_precision(dtype))
-    ready = yield from prepare.prepare(run, folder, device=device, dtype=dtype)
-    base, data, keep_text = ready.base, ready.data, ready.speech.states is None
+    dtype = devices.base_dtype(device, run.precision)
+    accelerator = processes.start(devices.mixed_precision(dtype))
+    folder, resume = processes.from_first((folder, resume))
+    with run_folder.opened(folder, resume=resume) if processes.is_first() else nullcontext():
+        found = materials.find_or_refuse(run)
+        with processes.first_goes_first():
+            ready = yield from prepare.prepare(run, found, folder, device=device, dtype=dtype)
+        go = course.assembled(run, folder, ready, accelerator)
+        step = yield from course.begun(go, resume=resume, allow_changes=allow_changes)
+        while step < run.steps:
+            step += 1
+            taken, stopping = take_step(go, step)
+            yield course.noted(go, taken)
+            if (stopping or (processes.count() == 1 and run_folder.is_asked(folder, "stop"))) and step < run.steps:
+                yield from course.kept(go, step)
+                yield course.noted(go, Stopped(step, run_folder.checkpoint_path(folder, run.name, step)))
+                run_folder.forget(folder, "stop")
+                return
+            yield from course.looked(go, step)
+            pausing = course.asked(go, "pause") and step < run.steps
+            if course.is_due(run.save_every, step) or step == run.steps or pausing or course.asked(go, "save"):
+                yield from course.kept(go, step)
+            if pausing:
+                yield from course.waited(go, step)
+        yield from course.finished(go, began)
 
-    trainable = adapters.parameters(base)
-    mover = accelerator.prepare_optimizer(adapters.optimizer_of(base, run), device_placement=False)
-    average = averaging.start(trainable) if run.optimizer.ema else []
-    base_model.set_training(base, True)
-    run_folder.create(folder, run)
-    parameters = sum(weight.numel() for weight in trainable)
-    started = Started(len(data.samples), ready.modules, parameters, run.steps, base.title, tuple(adapters.limits(base, run)))
-    run_folder.log(folder, event="started", **asdict(started))
-    yield started
-    if run.sample_every:
-        yield draw_samples(base, run, folder, data, step=0, keep_text=keep_text)
 
-    alphas = base.alphas
-    for step in range(1, run.steps + 1):
-        step_began = time.monotonic()
-        factor = adapters.rate_factor(run, step - 1)
-        optimizer.set_rates(mover, factor)
-        total, pictures = torch.zeros((), device=device), set()
-        for part in range(run.optimizer.accumulation):
-            batch_index = (step - 1) * run.optimizer.accumulation + part
-            torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
-            batch = gather(run, ready, batch_index=batch_index)
-            batch_loss = loss_of_batch(base, batch, alphas, run=run, batch_index=batch_index)
-            accelerator.backward(batch_loss / run.optimizer.accumulation)
-            total += batch_loss.detach() / run.optimizer.accumulation
-            pictures |= set(batch.pictures)
-        norm = accelerator.clip_grad_norm_(trainable, run.optimizer.clip_norm or math.inf)
-        value, length = torch.stack([total, norm]).tolist()
-        if not math.isfinite(value) or not (math.isfinite(length) or accelerator.scaler):  # fp16's scaler leaves such steps out itself
-            raise UserError(_not_finite(step, pictures))
+def take_step(go: Course, step: int) -> tuple[Step, bool]:
+    """One optimizer step: its batches' gradients, added up over all processes, clipped, and taken unless they are not finite.
+
+    Returns:
+        What happened, and whether any process was asked to end before it.
+
+    Raises:
+        UserError: if the loss or a gradient is not finite; weights, optimizer and average are as they were before the step.
+    """
+    run, mover, scaler = go.run, go.mover, go.accelerator.scaler
+    began = time.monotonic()
+    rate = adapters.set_rates(mover, run, step - 1)
+    own = accumulated(go, step)
+    stop = torch.tensor(float(run_folder.is_asked(go.folder, "stop")))
+    total, stop = processes.add_up(go.trainable, torch.stack([own, stop.to(own.device)]))
+    if scaler:
+        scaler.unscale_(mover)
+    norm = torch.nn.utils.clip_grad_norm_(go.trainable, run.optimizer.clip_norm or math.inf)
+    bad = 1 - torch.isfinite(total if scaler else total + norm).float()  # fp16's scaler looks at gradients itself
+    if not scaler and not optimizer.leave_out(mover, bad) and bad:
+        raise UserError(not_finite(go, step))
+    if scaler:
+        scaler.step(mover)  # not where gradients overflow: it halves its scale instead
+        scaler.update()
+    else:
         mover.step()
-        mover.zero_grad(set_to_none=True)
-        if run.optimizer.max_norm:
-            adapters.limit_norms(base, run.optimizer.max_norm)
-        if average:
-            averaging.update(average, trainable, decay=averaging.decay_at(step, decay=run.optimizer.ema))
-        taken = Step(step, value, run.optimizer.learning_rate * factor, time.monotonic() - step_began)
-        run_folder.log(folder, event="step", **asdict(taken))
-        yield taken
-
-        last, stopping = step == run.steps, run_folder.is_asked_to_stop(folder)
-        if not last and (stopping or (run.save_every and step % run.save_every == 0)):
-            with speaking(mover, trainable, average):
-                saved = result.save(base, run, run_folder.checkpoint_path(folder, run.name, step), step=step, data=data)
-            yield Saved(step, saved)
-        if not last and stopping:
-            run_folder.log(folder, event="stopped", step=step)
-            run_folder.forget_stop(folder)
-            yield Stopped(step, run_folder.checkpoint_path(folder, run.name, step))
-            return
-        if run.sample_every and (last or step % run.sample_every == 0):
-            with speaking(mover, trainable, average):
-                sampled = draw_samples(base, run, folder, data, step=step, keep_text=keep_text)
-            yield sampled
-
-    with speaking(mover, trainable, average):
-        path = result.save(base, run, run_folder.result_path(folder, run.name), step=run.steps, data=data)
-    if run.output.sidecars:
-        result.write_sidecars(base, run, path, preview=run_folder.newest_sample(folder))
-    run_folder.log(folder, event="done", path=path.name)
-    yield Saved(run.steps, path)
-    yield Done(path, time.monotonic() - began)
+    mover.zero_grad(set_to_none=True)
+    value, broken, stopping = torch.stack([total, bad, stop]).tolist()  # the step's one wait, when the device has all of it
+    if broken:
+        raise UserError(not_finite(go, step))
+    if run.optimizer.max_norm:
+        adapters.limit_norms(go.ready.base, run.optimizer.max_norm)
+    if go.average:
+        averaging.update(go.average, go.trainable, decay=averaging.decay_at(step, decay=run.optimizer.ema))
+    return Step(step, value, rate, time.monotonic() - began), stopping > 0
 
 
-@contextmanager
-def speaking(mover: torch.optim.Optimizer, weights: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
-    """While it lasts the adapters hold what is drawn with and saved: the average, if one is kept, and a settled optimizer's weights."""
-    with optimizer.settled(mover), averaging.swapped(weights, average) if average else nullcontext():
-        yield
+def accumulated(go: Course, step: int) -> Tensor:
+    """The loss of a step's batches [], as far as this process sees them; their gradients are left in the weights."""
+    run, base, parts = go.run, go.ready.base, go.run.optimizer.accumulation
+    total = torch.zeros((), device=base.device)
+    for batch_index in range((step - 1) * parts, step * parts):
+        torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
+        batch = gather(run, go.ready, batch_index=batch_index)
+        if batch.rows:
+            batch_loss = loss_of_batch(base, batch, go.alphas, run=run, batch_index=batch_index) / parts
+            go.accelerator.backward(batch_loss)
+            total += batch_loss.detach()
+    return total
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass is fed: views of one size with their texts, SDXL's sizes [B, 6], weights [B], and the pictures' names.
+    """What one forward pass is fed: views of one size; of the rows that are this process's, texts, SDXL's sizes [R, 6] and weights [R].
 
-    For prior prediction also the texts with the class word: as the trained encoders say them, and as the base's own did.
+    Args:
+        seen: the views of the whole batch [B]: noise is drawn for all of them, so that it does not depend on who takes which.
+        rows: which of them are this process's.
+        prior: for prior prediction also the texts with the class word: as the trained encoders say them, and as the base's own did.
     """
 
     seen: tuple[Latents, ...]
+    rows: list[int]
     text: TextStates
     sizes: Tensor
     weights: Tensor
@@ -154,18 +162,20 @@ def gather(run: Config, ready: Prepared, *, batch_index: int) -> Batch:
     """The batch of an index, counted from the run's first: which pictures, which view of each, what is said of it."""
     base, data, speech = ready.base, ready.data, ready.speech
     epoch, visits = materials.batch_at(data, batch=run.batch, seed=run.seed, batch_index=batch_index)
-    items = [data.items[visit.sample] for visit in visits]
     which = [materials.view_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
-    views = [item.views[i] for item, i in zip(items, which, strict=True)]
-    said = [materials.caption_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
+    rows = dataset.share(range(len(visits)), process=processes.index(), processes=processes.count())
+    items = [data.items[visits[row].sample] for row in rows]
+    views = [item.views[which[row]] for item, row in zip(items, rows, strict=True)]
+    said = [materials.caption_at(data, visits[row], seed=run.seed, epoch=epoch) for row in rows]
     sources = [data.samples[item.sample].source for item in items]
     class_rows = [speech.rows[prepare.class_caption(run, words)] for words in said] if speech.base_states is not None else []
     return Batch(
         seen=tuple(ready.seen[visit.sample][i] for visit, i in zip(visits, which, strict=True)),
+        rows=rows,
         text=spoken(base, speech, [speech.rows[words] for words in said]),
         sizes=torch.tensor([buckets.time_ids(view.original_px, view.fit, flipped=view.flipped) for view in views], dtype=torch.float32),
         weights=torch.tensor([data.weights[source] for source in sources]).to(base.device),
-        pictures=tuple(view.picture.name for view in views),
+        pictures=tuple(data.samples[data.items[visit.sample].sample].picture.name for visit in visits),
         prior=(spoken(base, speech, class_rows), speech.base_states[class_rows]) if speech.base_states is not None else None,
     )
 
@@ -176,11 +186,30 @@ def spoken(base: Base, speech: Speech, rows: Sequence[int]) -> TextStates:
 
 
 def loss_of_batch(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batch_index: int) -> Tensor:
-    """From pictures to a loss: draw latents, add noise, let the UNet predict, compare.
+    """From pictures to a loss []: draw latents, add noise, let the UNet predict, compare.
 
     Args:
         alphas: ᾱ [T].
+
+    Returns:
+        This process's part of the batch's mean.
     """
+    aim, rows = run.objective, batch.rows
+    clean, drawn, noisy, timesteps = chance(base, batch, alphas, run=run, batch_index=batch_index)
+    wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)[rows]
+    noisy, timesteps = noisy[rows], timesteps[rows]
+    predicted = base_model.predict(base, noisy, timesteps, batch.text, batch.sizes)
+    weight = loss.WEIGHTINGS[aim.weighting](loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
+    delta = loss.DELTAS[aim.huber_schedule](alphas, timesteps, delta=aim.huber_delta) if aim.loss == "huber" else None
+    mask = latents.masks(batch.seen)
+    error = loss.sample_error(predicted, wanted, form=aim.loss, mask=None if mask is None else mask[rows], delta=delta)
+    own = error * weight * batch.weights
+    whole = own + run.regularisation_weight * prior_error(base, batch, noisy, timesteps) if batch.prior else own
+    return whole.sum() / len(batch.seen)
+
+
+def chance(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batch_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that is drawn for a batch, from (seed, batch_index) alone: clean latents, noise, noisy latents [B, 4, h, w], timesteps [B]."""
     generator, aim = devices.generator(run.seed, batch_index), run.objective
     clean = latents.draw(batch.seen, generator=generator)
     drawn = torch.randn(clean.shape, generator=generator)
@@ -191,45 +220,34 @@ def loss_of_batch(base: Base, batch: Batch, alphas: Tensor, *, run: Config, batc
         high=aim.timestep_high, mean=aim.timestep_mean, scale=aim.timestep_scale,
     ).to(clean.device)  # fmt: skip
     noisy = noise.add_noise(clean, noise.perturbed(drawn, strength=aim.input_perturbation, generator=generator), alphas, timesteps)
-    wanted = noise.target(clean, drawn, alphas, timesteps, prediction=base.prediction)
-    predicted = base_model.predict(base, noisy, timesteps, batch.text, batch.sizes)
-    weight = loss.WEIGHTINGS[aim.weighting](loss.snr(alphas, timesteps), gamma=run.min_snr_gamma, prediction=base.prediction)
-    delta = loss.DELTAS[aim.huber_schedule](alphas, timesteps, delta=aim.huber_delta) if aim.loss == "huber" else None
-    error = loss.sample_error(predicted, wanted, form=aim.loss, mask=latents.masks(batch.seen), delta=delta)
-    own = (error * weight * batch.weights).mean()
-    return own + run.regularisation_weight * prior_loss(base, batch, noisy, timesteps) if batch.prior else own
+    return clean, drawn, noisy, timesteps
 
 
-def prior_loss(base: Base, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """How far the LoRA moves the base's answer to the captions with the class word (DreamBooth's prior term without pictures)."""
+def prior_error(base: Base, batch: Batch, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """How far the LoRA moves the base's answer to the captions with the class word [R] (DreamBooth's prior term without pictures)."""
     assert batch.prior is not None
     trained, untouched = batch.prior
     with torch.no_grad():
         lora.set_strength(base.unet, 0.0)
         wanted = base_model.predict(base, noisy, timesteps, untouched, batch.sizes)
         lora.set_strength(base.unet, 1.0)
-    return loss.squared_error(base_model.predict(base, noisy, timesteps, trained, batch.sizes), wanted).mean()
+    return loss.squared_error(base_model.predict(base, noisy, timesteps, trained, batch.sizes), wanted)
 
 
-def draw_samples(base: Base, run: Config, folder: Path, data: Material, *, step: int, keep_text: bool) -> Sampled:
-    """Draws the run's sample prompts with the adapters as they are; the same seeds at every step, so that steps can be compared."""
-    chosen = (data.samples[0], data.samples[len(data.samples) // 2])
-    prompts = run.sample_prompts or [materials.plain_caption(data.rules, sample) for sample in chosen]
-    base_model.set_training(base, False)
-    paths = []
-    for number, prompt in enumerate(prompts):
-        request = generate.Request(prompt, seed=run.seed + number)
-        ((_, image),) = generate.pictures(base, request)
-        paths.append(run_folder.sample_path(folder, step, number))
-        files.write(paths[-1], generate.png_bytes(image, generate.settings_text(base, request, [])))
-    base_model.set_training(base, True)
-    base_model.send_away(base, text=not keep_text)
-    run_folder.log(folder, event="sampled", step=step, paths=[path.name for path in paths])
-    return Sampled(step, tuple(paths))
-
-
-def _not_finite(step: int, pictures: set[str]) -> str:
+def not_finite(go: Course, step: int) -> str:
+    """What to say of a step whose loss or gradients are not finite: which pictures, at which timesteps, and what usually helps."""
+    run, base, parts = go.run, go.ready.base, go.run.optimizer.accumulation
+    told = []
+    for batch_index in range((step - 1) * parts, step * parts):
+        batch = gather(run, go.ready, batch_index=batch_index)
+        clean, _, _, timesteps = chance(base, batch, go.alphas, run=run, batch_index=batch_index)
+        fine = torch.isfinite(clean).flatten(1).all(1).tolist()
+        told += [
+            f"{name} at timestep {t}{'' if ok else ', whose latents are broken'}"
+            for name, t, ok in zip(batch.pictures, timesteps.tolist(), fine, strict=True)
+        ]
+    remedy = 'set precision = "bf16" or "fp32"' if base.dtype == torch.float16 else "lower optimizer.learning_rate"
     return (
-        f"The loss or a gradient of step {step} is not finite (pictures {', '.join(sorted(pictures))}); nothing of this step was kept, "
-        "and checkpoints saved before stand. Lower optimizer.learning_rate, and look at these pictures."
+        f"The loss or a gradient of step {step} is not finite ({'; '.join(told)}); nothing of this step was kept, and checkpoints saved "
+        f"before stand. Usually it helps to {remedy}; if it is always the same picture, take that out. Then the same command goes on."
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HOUSE = (
-    ("ground", "errors devices files progress events mini.shapes"),
+    ("ground", "errors devices files progress events processes mini.shapes"),
     (
         "pure parts",
         "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks "
@@ -19,11 +19,12 @@ HOUSE = (
     ),
     (
         "rooms",
-        "cache generate run_folder dataset_report contact_sheet material adapters result regularisation base_tensors lora_tools lora_merge "
+        "cache generate run_folder run_lock checkpoint resuming samples validation dataset_report contact_sheet material adapters result "
+        "regularisation base_tensors lora_tools lora_merge "
         "lora_extract bake mini.pretrain mini.examples",
     ),
-    ("stories", "prepare train compare mini.evaluate"),
-    ("roof", "ui demo cli_tools cli __main__"),
+    ("stories", "prepare pausing course train compare mini.evaluate"),
+    ("roof", "ui demo cli_tools cli_train cli __main__"),
 )
 FLOORS = {name: floor for floor, (_, names) in enumerate(HOUSE) for name in names.split()}
 

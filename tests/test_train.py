@@ -7,30 +7,34 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora import config, events, lora_file, run_folder, train
+from sdlora import checkpoint, config, events, lora_file, run_folder, train
 from sdlora.errors import UserError
 
 
 def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
     values = {"base": str(tiny), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "steps": 6, "batch": 2}
     values |= {"save_every": 3, "sample_every": 3, "sample_prompts": ["a cup"], "lora": {"rank": 2, "alpha": 2.0}}
+    values |= {"validation": {"every": 0}, "report": False}
     return config.parse(values | changes, where="test")
 
 
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    told = list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
+    run = run_config(tiny_base, pictures, validation={})
+    told = list(train.train(run, tmp_path / "run"))
     assert [type(event).__name__ for event in told] == [
         *["Checking"] * 5, "Checked", *["Encoding"] * 5,
-        "Started", "Sampled", *["Step"] * 3, "Saved", "Sampled", *["Step"] * 3, "Sampled", "Saved", "Done",
+        "Started", "Validated", "Sampled", *["Step"] * 3, "Validated", "Sampled", "Saved", *["Step"] * 3,
+        "Validated", "Sampled", "Saved", "Done",
     ]  # fmt: skip
     started = next(one for one in told if isinstance(one, events.Started))
     assert (started.pictures, started.modules, started.steps) == (5, 7 * 8, 6)
     names = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert names == {
+    assert {name for name in names if not name.startswith("state/")} == {
         "config.toml", "metrics.jsonl", "checkpoints/tiny-000003.safetensors", "tiny.safetensors",
         "samples/000000-0.png", "samples/000003-0.png", "samples/000006-0.png",
     }  # fmt: skip
-    assert config.load(tmp_path / "run/config.toml") == run_config(tiny_base, pictures)
+    assert checkpoint.steps(tmp_path / "run/state") == [3, 6]
+    assert config.load(tmp_path / "run/config.toml") == run
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     file = lora_file.read(tmp_path / "run/tiny.safetensors")
@@ -61,12 +65,12 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(tiny_base: Path, pictures: P
     for event in going:
         seen.append(event)
         if isinstance(event, events.Step) and event.step == 2:
-            run_folder.ask_to_stop(tmp_path / "run")
+            run_folder.ask(tmp_path / "run", "stop")
     assert isinstance(seen[-1], events.Stopped)
     assert seen[-1].step == 2
     assert lora_file.read(seen[-1].path).ranks == [2]
     assert not run_folder.result_path(tmp_path / "run", "tiny").exists()
-    assert not run_folder.is_asked_to_stop(tmp_path / "run")
+    assert not run_folder.is_asked(tmp_path / "run", "stop")
 
 
 def test_samples_do_not_change_what_is_learned(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -93,7 +97,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         return honest(*args, **kwargs) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(train, "loss_of_batch", broken)
-    with pytest.raises(UserError, match=r"step 5 is not finite \(pictures \d\.png, \d\.png\).*saved before stand"):
+    with pytest.raises(UserError, match=r"step 5 is not finite \(\d\.png at timestep \d+; \d\.png at timestep \d+\).*saved before stand"):
         list(train.train(run_config(tiny_base, pictures), tmp_path / "run"))
     assert lora_file.read(run_folder.checkpoint_path(tmp_path / "run", "tiny", 3)).ranks == [2]
     assert not run_folder.result_path(tmp_path / "run", "tiny").exists()

@@ -1,0 +1,191 @@
+"""The commands that train: they choose the run folder, follow the run with a progress bar, and turn signals into requests.
+
+The same command again goes on with a run that has not come to its end. Of several processes that a launcher starts only the first speaks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdlora.errors import UserError
+from sdlora.progress import Bars, console, progress
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from sdlora.config import Config
+
+training = typer.Typer()
+RunFolder = Annotated[Path | None, typer.Option("--out", help="the run folder; one below runs/ if not given")]
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. lora.rank=8")]
+
+
+@training.command()
+def train(
+    config: Annotated[list[Path] | None, typer.Argument(help="the run's TOML file; several are trained one after the other")] = None,
+    changes: Changes = [],  # noqa: B006
+    out: RunFolder = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="go on although settings or pictures have changed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
+) -> None:
+    """Trains a LoRA as a TOML file says; the same command again goes on with a run that was interrupted."""
+    from sdlora import config as configs
+
+    if not config and not resume:
+        raise UserError("Name the run's TOML file, or a run folder with --resume.")
+    paths = config or [(resume or Path()) / "config.toml"]
+    run = configs.load(paths[0], changes=changes)
+    if dry_run:
+        show_plan(run)
+        return
+    folder, goes_on = folder_for(Path("runs") / run.name, resume or out)
+    if resume and not goes_on:
+        raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")
+    path = follow(run, folder, resume=goes_on, allow_changes=allow_changes)
+    console.print(f"The LoRA file: {path}", soft_wrap=True)
+
+
+def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
+    """The run folder, and whether a run in it is gone on with.
+
+    Args:
+        wanted: the folder of the first run of that name; later ones have a number behind it.
+        given: by the user; taken as it is.
+    """
+    from sdlora import run_folder
+
+    if given is not None:
+        return given, run_folder.is_unfinished(given)
+    folders = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
+    free = next(i for i, one in enumerate(folders) if not (one / "metrics.jsonl").exists())
+    if free and run_folder.is_unfinished(folders[free - 1]):
+        return folders[free - 1], True
+    return folders[free], False
+
+
+def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False) -> Path:
+    """Runs the training with a progress bar.
+
+    Returns:
+        The LoRA file.
+
+    Raises:
+        UserError: as `train.train`.
+        typer.Exit: with 130 or 143 if a signal has ended it; a second signal ends at once.
+    """
+    from sdlora import events, run_folder
+    from sdlora import train as story
+
+    quiet = int(os.environ.get("RANK", "0")) > 0  # a process that a launcher started beside the first
+    if not resume and not quiet:
+        run_folder.check_free(folder)
+    with progress(quiet=quiet) as bar, signals_ask_to_stop(folder) as signals:
+        bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
+        for event in story.train(run, folder, resume=resume, allow_changes=allow_changes):
+            signals.begun = signals.begun or isinstance(event, events.Started)
+            path = show(event, run, bar)
+            if path:
+                return path
+    raise typer.Exit(128 + signals.caught[0] if signals.caught else 130)
+
+
+def show(event: object, run: Config, bar: Bars) -> Path | None:
+    """One event as a bar or a line; the path of the LoRA file with the last."""
+    from sdlora import events
+
+    match event:
+        case events.Checking(done, total):
+            bar.show("looking at pictures", done, total)
+        case events.Checked():
+            for line in event.lines:
+                if line.startswith(("warns", "notes")):
+                    bar.print(line)
+        case events.Drawing(done, total):
+            bar.show("drawing regularisation pictures", done, total)
+        case events.Encoding(done, total):
+            bar.show("encoding pictures", done, total)
+        case events.Started():
+            bar.print(
+                f"{event.base}; {event.pictures} pictures; LoRA of rank {run.lora.rank} in {event.modules} modules, "
+                f"{event.parameters:,} parameters; {event.steps} steps of {run.batch}"
+            )
+            for limit in event.limits:
+                bar.print(f"Note: {limit}")
+        case events.Continued(step, notes):
+            bar.print(f"Going on after step {step}" if step else "No state was saved yet: from the beginning")
+            for note in notes:
+                bar.print(f"Note: {note}")
+        case events.Validated(step, held_out, seen, _, drift) if step:
+            held = "" if held_out is None else f"held-out loss {held_out:.4f}, "
+            bar.print(f"Step {step}: {held}seen {seen:.4f}, drift {100 * drift:.1f} %")
+        case events.Step():
+            bar.show("training", event.step, run.steps, f"loss {event.loss:.4f}")
+        case events.Paused(step):
+            bar.print(f"Paused after step {step}; delete the file 'pause' in the run folder to go on")
+        case events.Alarm(_, words):
+            bar.print(f"Warning: {words}")
+        case events.Stopped(step, path):
+            bar.print(f"Stopped after step {step}; the LoRA so far is {path}, and the same command goes on")
+        case events.Done(path):
+            return path
+    return None
+
+
+@dataclass
+class Signals:
+    """What the process was sent, and whether there is something to save yet."""
+
+    caught: list[int]
+    begun: bool = False
+
+
+@contextmanager
+def signals_ask_to_stop(folder: Path) -> Iterator[Signals]:
+    """While it lasts, the first SIGINT or SIGTERM asks the run to save and end, and the second ends at once.
+
+    A launcher passes a Ctrl-C on as SIGTERM to processes that have had it already; for these only a second of the same kind counts.
+    """
+    from sdlora import run_folder
+
+    signals, launched = Signals([]), "RANK" in os.environ
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        again = number in signals.caught if launched else bool(signals.caught)
+        signals.caught.append(number)
+        if again or not signals.begun:
+            raise SystemExit(128 + number)
+        run_folder.ask(folder, "stop")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_plan(run: Config) -> None:
+    """The resolved config, and what it would train on; everything that can be checked without training is."""
+    from sdlora import base_files, base_model, material
+    from sdlora import config as configs
+
+    found = material.find_or_refuse(run)
+    what = base_files.identify(run.base, family=run.family, prediction=run.prediction)
+    base_model.targets(run.lora.targets)
+    print(configs.to_toml(run))
+    for key, description in configs.unset(run).items():
+        print(f"# {key} is not set: {description}")
+    visits = run.steps * run.batch * run.optimizer.accumulation
+    sides = len(run.resolution_px) if isinstance(run.resolution_px, list) else 1
+    epoch = sum(sample.repeats for sample in found.samples) * sides
+    print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    print(f"# base: {what.sentence}")

@@ -1,0 +1,183 @@
+"""What happens around the steps of a run: it begins or goes on, is looked at, saved, paused, and brought to its end.
+
+Everything that is written is written here, by the first process alone. What an event says goes into `metrics.jsonl` before anybody hears
+of it, so whoever reads the folder knows as much as whoever started the run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sdlora import (
+    adapters,
+    averaging,
+    base_model,
+    checkpoint,
+    optimizer,
+    pausing,
+    prepare,
+    processes,
+    result,
+    resuming,
+    run_folder,
+    run_lock,
+    samples,
+    validation,
+)  # fmt: skip
+from sdlora.config import Config
+from sdlora.events import Continued, Done, Event, Paused, Saved, Started, Validated
+from sdlora.prepare import Prepared
+
+LOOK_BATCH = 8  # pairs per forward pass without gradients
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run under way: all that its steps need and change."""
+
+    run: Config
+    folder: Path
+    ready: Prepared
+    accelerator: Accelerator
+    mover: torch.optim.Optimizer
+    trainable: list[nn.Parameter]
+    average: list[Tensor]
+    alphas: Tensor
+    facts: dict[str, Any]
+
+
+def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerator) -> Course:
+    """The optimizer, the average and the facts around what was prepared."""
+    base = ready.base
+    trainable = adapters.parameters(base)
+    mover = adapters.optimizer_of(base, run)
+    average = averaging.start(trainable) if run.optimizer.ema else []
+    facts = resuming.facts(run, base, ready.data.samples, ready.apart)
+    processes.agree(json.dumps(facts, sort_keys=True, default=str), what="config, base or set of pictures")
+    base_model.set_training(base, True)
+    return Course(run, folder, ready, accelerator, mover, trainable, average, base.alphas, facts)
+
+
+def begun(go: Course, *, resume: bool, allow_changes: bool) -> Generator[Event, None, int]:
+    """Puts the newest state back, if the run goes on; makes the folder ready, and looks at what is drawn before the first step.
+
+    Returns:
+        The step after which it goes on, 0 at the beginning.
+    """
+    run, base = go.run, go.ready.base
+    state, notes = processes.from_first(
+        checkpoint.newest(run_folder.states_path(go.folder)) if resume and processes.is_first() else (None, [])
+    )
+    step = 0
+    if state:
+        notes += resuming.check(state, go.facts, allow_changes=allow_changes)
+        resuming.restore(state, base, go.mover, go.average)
+        if go.accelerator.scaler and "scaler" in state.facts:
+            go.accelerator.scaler.load_state_dict(state.facts["scaler"])
+        step = state.step
+    if processes.is_first():
+        run_folder.begin(go.folder, run, step=step)
+    parameters = sum(weight.numel() for weight in go.trainable)
+    held_out = len(go.ready.apart)
+    limits = tuple(adapters.limits(base, run))
+    yield noted(go, Started(len(go.ready.data.samples), go.ready.modules, parameters, run.steps, base.title, limits, held_out))
+    if resume:
+        yield noted(go, Continued(step, tuple(notes)))
+    yield from looked(go, step)
+    return step
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps is done now; 0 for never."""
+    return every > 0 and step % every == 0
+
+
+def asked(go: Course, request: str) -> bool:
+    """Whether somebody has asked for it; the first process answers."""
+    return processes.is_first() and run_folder.is_asked(go.folder, request)
+
+
+def noted(go: Course, event: Event) -> Event:
+    """Writes an event into the metrics, if this is the process that writes."""
+    if processes.is_first():
+        run_lock.beat(go.folder)
+        run_folder.log(go.folder, **run_folder.event_row(event, go.folder))
+    return event
+
+
+def looked(go: Course, step: int) -> Iterator[Event]:
+    """Scores held-out pictures and draws the sample prompts when due: at step 0, at the end, and what an earlier start still owes."""
+    if not processes.is_first():
+        return
+    run, wanted, done = go.run, asked(go, "sample"), {row["event"] for row in run_folder.rows(go.folder) if row.get("step") == step}
+    if go.ready.exam and owed(prepare.every(run), step, run) and "validated" not in done:
+        with speaking(go.mover, go.trainable, go.average):
+            scores = validation.score(go.ready.base, go.ready.exam, batch=max(run.batch, LOOK_BATCH))
+        yield noted(go, Validated(step, **asdict(scores)))
+    if wanted or (owed(run.sample_every, step, run) and "sampled" not in done):
+        words, heard = samples.prompts(run, go.ready.data), go.ready.speech.states is None
+        with speaking(go.mover, go.trainable, go.average):
+            sampled = samples.draw(go.ready.base, words, go.folder, seed=run.seed, step=step, keep_text=heard)
+        run_folder.forget(go.folder, "sample")
+        yield noted(go, sampled)
+
+
+def owed(every: int, step: int, run: Config) -> bool:
+    """Whether a look that is taken every so many steps is taken at this one; the first and the last always are."""
+    return every > 0 and (step % every == 0 or step == run.steps)
+
+
+def kept(go: Course, step: int) -> Iterator[Event]:
+    """Saves: the LoRA as a file, then the state to go on from, and only then are older states deleted."""
+    if not processes.is_first():
+        return
+    run, states = go.run, run_folder.states_path(go.folder)
+    if step < run.steps:
+        path = run_folder.checkpoint_path(go.folder, run.name, step)
+        with speaking(go.mover, go.trainable, go.average):
+            result.save(go.ready.base, run, path, step=step, data=go.ready.data)
+        yield noted(go, Saved(step, path))
+    scaler = {"scaler": go.accelerator.scaler.state_dict()} if go.accelerator.scaler else {}
+    checkpoint.write(states, resuming.snapshot(go.ready.base, go.mover, go.average, step=step, facts=go.facts | scaler))
+    checkpoint.tidy(states, keep_last=run.keep_last, keep_every=run.keep_every)
+    run_folder.forget(go.folder, "save")
+
+
+def waited(go: Course, step: int) -> Iterator[Event]:
+    """Frees the device and waits until nobody wants the run to pause any more."""
+    with pausing.away(go.ready, go.mover, go.average):
+        yield noted(go, Paused(step))
+        while run_folder.is_asked(go.folder, "pause") and not run_folder.is_asked(go.folder, "stop"):
+            run_lock.beat(go.folder)
+            time.sleep(pausing.LOOK_S)
+    yield noted(go, Continued(step))
+
+
+def finished(go: Course, began: float) -> Iterator[Event]:
+    """The LoRA file and its sidecars."""
+    run, path = go.run, run_folder.result_path(go.folder, go.run.name)
+    if processes.is_first():
+        with speaking(go.mover, go.trainable, go.average):
+            result.save(go.ready.base, run, path, step=run.steps, data=go.ready.data)
+        if run.output.sidecars:
+            result.write_sidecars(go.ready.base, run, path, preview=run_folder.newest_sample(go.folder))
+        yield noted(go, Saved(run.steps, path))
+    processes.wait()
+    yield noted(go, Done(path, time.monotonic() - began))
+
+
+@contextmanager
+def speaking(mover: torch.optim.Optimizer, weights: Sequence[Tensor], average: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts the adapters hold what is drawn with and saved: the average, if one is kept, and a settled optimizer's weights."""
+    with optimizer.settled(mover), averaging.swapped(weights, average) if average else nullcontext():
+        yield
