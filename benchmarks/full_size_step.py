@@ -96,7 +96,8 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
     """Trains and says what it took."""
     values = {
         "base": str(options.out / options.family), "data": str(options.out / "pictures"), "kind": "style", "name": "noise",
-        "steps": options.steps, "batch": options.batch, "validation": {"every": 0}, "report": False, "resolution_px": options.resolution, "sample_every": 0, "save_every": 10**6,
+        "steps": options.steps, "batch": options.batch,
+        "validation": {"every": 0}, "report": False, "resolution_px": options.resolution, "sample_every": 0, "save_every": 10**6,
         "gradient_checkpointing": options.checkpointing, "lora": {"targets": options.targets},
     }  # fmt: skip
     began, steps, modules = time.monotonic(), [], 0
