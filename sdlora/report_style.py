@@ -43,10 +43,11 @@ figure{margin:18px 0}
 .chart{display:block;height:auto;margin-bottom:6px}
 table{border-collapse:collapse;font-size:.93rem;width:100%}
 th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-bottom:1px solid var(--rule)}
+td:last-child,th:last-child{padding-right:0}
 th{color:var(--faint);font-weight:600}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 details{margin:14px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}
-@media(max-width:560px){.wordy thead{display:none}.wordy tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
+@media(max-width:560px){th,td{padding-right:10px}.wordy thead{display:none}.wordy tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
 .wordy td{display:block;border:0;padding:1px 0}.wordy td:last-child{color:var(--faint)}
 header{padding-top:22px}header,main{padding-inline:14px}h1{font-size:1.6rem}.box{padding:14px 16px}
 .box p:first-of-type{font-size:1.1rem}.charts figure{padding:12px 10px 10px}}
@@ -54,6 +55,7 @@ header{padding-top:22px}header,main{padding-inline:14px}h1{font-size:1.6rem}.box
 --good-edge:#2c8a57;--bad-edge:#c9770a;--line-0:#0072b2;--line-1:#d55e00;--line-2:#00875f;--line-3:#a94f93}
 body{font-size:11pt}header,main{max-width:none;padding:0}nav{display:none}.wide figcaption{margin-top:8px}
 .wide img{min-width:0}.scroll{overflow:visible}
-figure,.box,tr{break-inside:avoid}h2,h3{break-after:avoid}.box{border:1px solid;border-left-width:6px}
+figure,.box,tr{break-inside:avoid}h2,h3{break-after:avoid}.box{border-style:solid;border-width:1px 1px 1px 6px}
+.cells{grid-template-columns:repeat(auto-fill,minmax(96px,1fr))}
 .charts{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;block-size:auto}}
 """
