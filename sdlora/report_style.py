@@ -47,7 +47,8 @@ td:last-child,th:last-child{padding-right:0}
 th{color:var(--faint);font-weight:600}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 details{margin:14px 0}summary{cursor:pointer;color:var(--accent);padding:6px 0}
-@media(max-width:560px){th,td{padding-right:10px}.wordy thead{display:none}.wordy tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
+@media(max-width:560px){th,td{padding-right:10px}
+.wordy thead{display:none}.wordy tr{display:block;padding:8px 0;border-bottom:1px solid var(--rule)}
 .wordy td{display:block;border:0;padding:1px 0}.wordy td:last-child{color:var(--faint)}
 header{padding-top:22px}header,main{padding-inline:14px}h1{font-size:1.6rem}.box{padding:14px 16px}
 .box p:first-of-type{font-size:1.1rem}.charts figure{padding:12px 10px 10px}}
