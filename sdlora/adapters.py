@@ -31,7 +31,7 @@ def add_lora(base: Base, run: Config) -> dict[str, list[str]]:
     )  # fmt: skip
     targets = {"unet": base_model.targets(run.lora.targets)}
     if run.lora.text_encoder:
-        assert run.lora.text_targets is not None  # `config.parse` says which
+        assert run.lora.text_targets is not None  # `linked.resolve` says which
         targets |= {part: base_model.targets(run.lora.text_targets, part=part) for part in base.parts if part != "unet"}
     chosen = {part: lora.matching(base.parts[part], patterns) for part, patterns in targets.items()}
     overrides = overrides_by_part(run, chosen)

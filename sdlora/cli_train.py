@@ -51,7 +51,13 @@ def train(
     if resume and not goes_on:
         raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")
     path = follow(run, folder, resume=goes_on, allow_changes=allow_changes)
-    console.print(f"The LoRA file: {path}", soft_wrap=True)
+    if is_first():
+        console.print(f"The LoRA file: {path}", soft_wrap=True)
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks; a launcher numbers those that it starts."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
@@ -85,7 +91,7 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
     from sdlora import events, run_folder
     from sdlora import train as story
 
-    quiet = int(os.environ.get("RANK", "0")) > 0  # a process that a launcher started beside the first
+    quiet = not is_first()
     if not resume and not quiet:
         run_folder.check_free(folder)
     with progress(quiet=quiet) as bar, signals_ask_to_stop(folder) as signals:
@@ -174,18 +180,23 @@ def signals_ask_to_stop(folder: Path) -> Iterator[Signals]:
 
 
 def show_plan(run: Config) -> None:
-    """The resolved config, and what it would train on; everything that can be checked without training is."""
-    from sdlora import base_files, base_model, material
+    """The resolved config with the reasons, and what it would train on; everything that can be checked without training is."""
+    from sdlora import base_files, base_model, linked, material, prepare
     from sdlora import config as configs
 
-    found = material.find_or_refuse(run)
+    found = prepare.linked_run(run)
+    run = found.run
+    samples = material.find_or_refuse(run).samples
     what = base_files.identify(run.base, family=run.family, prediction=run.prediction)
     base_model.targets(run.lora.targets)
     print(configs.to_toml(run))
     for key, description in configs.unset(run).items():
         print(f"# {key} is not set: {description}")
+    print("# Linked to each other, and why:")
+    for line in linked.lines(found):
+        print(f"#   {line}")
     visits = run.steps * run.batch * run.optimizer.accumulation
     sides = len(run.resolution_px) if isinstance(run.resolution_px, list) else 1
-    epoch = sum(sample.repeats for sample in found.samples) * sides
-    print(f"# {len(found.samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    epoch = sum(sample.repeats for sample in samples) * sides
+    print(f"# {len(samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
     print(f"# base: {what.sentence}")

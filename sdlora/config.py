@@ -75,12 +75,6 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
         raise UserError(f"{where}: {reason}")
     if run.regularisation != "none" and not run.class_word:
         raise UserError(f'{where}: regularisation needs class_word, what the subject is, such as "dog" or "person".')
-    if run.lora.text_encoder is None:
-        # a style is how things look, which the UNet alone learns; a character's name must also be heard by the text encoder
-        run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_encoder": run.kind == "character"})})
-    if run.lora.text_targets is None:
-        text_targets = run.lora.targets if isinstance(run.lora.targets, str) else "attn"
-        run = run.model_copy(update={"lora": run.lora.model_copy(update={"text_targets": text_targets})})
     return run.model_copy(update={"untranslated": untranslated})
 
 

@@ -13,13 +13,27 @@ from pathlib import Path
 
 import torch
 
-from sdlora import adapters, base_files, base_model, cache, dataset_report, generate, lora, regularisation, text, validation
+from sdlora import (
+    adapters,
+    base_files,
+    base_model,
+    cache,
+    dataset_report,
+    devices,
+    generate,
+    linked,
+    lora,
+    regularisation,
+    text,
+    validation,
+)
 from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
 from sdlora.dataset import Sample
 from sdlora.events import Checked, Checking, Drawing, Encoding, Event
 from sdlora.latents import Latents
+from sdlora.linked import Linked
 from sdlora.material import Found, Material
 from sdlora.text import Tokens
 from sdlora.validation import Exam, Subject
@@ -49,6 +63,21 @@ class Prepared:
     modules: int
     apart: tuple[Sample, ...] = ()  # held out
     exam: Exam | None = None  # what is asked of them, if they are looked at
+
+
+def linked_run(run: Config) -> Linked:
+    """The run with all that follows from its base and its pictures, both only looked at from outside.
+
+    Raises:
+        UserError: if the base is none that is known.
+    """
+    dtype = devices.base_dtype(devices.best_device(), run.precision)
+    what = base_files.identify(run.base, dtype=dtype, family=run.family, prediction=run.prediction)
+    prediction = "epsilon" if what.prediction == "unstated" else what.prediction  # of most bases; it is measured when opened
+    found = materials.find(run)
+    every = [*found.samples, *(() if run.validation.folder else found.held_out)]
+    pictures = sum(not run.data[sample.source].regularisation for sample in every)
+    return linked.resolve(run, family=what.family, prediction=prediction, pictures=max(1, pictures))
 
 
 def prepare(run: Config, found: Found, folder: Path, *, device: torch.device, dtype: torch.dtype) -> Generator[Event, None, Prepared]:

@@ -48,6 +48,7 @@ def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: boo
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
     Args:
+        run: what it does not set is linked to what it does, see `linked`.
         resume: goes on with the run that the folder holds, from its newest good state, as if it had never stopped.
         allow_changes: even if the config or the pictures are not as they were.
 
@@ -59,6 +60,7 @@ def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: boo
         UserError: if the data or the base cannot be used, the loss is not finite, or a file cannot be written.
     """
     began = time.monotonic()
+    run = prepare.linked_run(run).run
     optimizer.check_schedule(run.optimizer.name, run.optimizer.schedule)
     device = devices.best_device()
     dtype = devices.base_dtype(device, run.precision)
@@ -132,7 +134,7 @@ def accumulated(go: Course, step: int) -> Tensor:
     for batch_index in range((step - 1) * parts, step * parts):
         torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
         batch = gather(run, go.ready, batch_index=batch_index)
-        if batch.rows:
+        if batch:
             batch_loss = loss_of_batch(base, batch, go.alphas, run=run, batch_index=batch_index) / parts
             go.accelerator.backward(batch_loss)
             total += batch_loss.detach()
@@ -158,12 +160,18 @@ class Batch:
     prior: tuple[TextStates, TextStates] | None = None
 
 
-def gather(run: Config, ready: Prepared, *, batch_index: int) -> Batch:
-    """The batch of an index, counted from the run's first: which pictures, which view of each, what is said of it."""
+def gather(run: Config, ready: Prepared, *, batch_index: int) -> Batch | None:
+    """The batch of an index, counted from the run's first: which pictures, which view of each, what is said of it.
+
+    Returns:
+        None if nothing of it is this process's: a size's last batch can be smaller than the processes are many.
+    """
     base, data, speech = ready.base, ready.data, ready.speech
     epoch, visits = materials.batch_at(data, batch=run.batch, seed=run.seed, batch_index=batch_index)
     which = [materials.view_at(data, visit, seed=run.seed, epoch=epoch) for visit in visits]
     rows = dataset.share(range(len(visits)), process=processes.index(), processes=processes.count())
+    if not rows:
+        return None
     items = [data.items[visits[row].sample] for row in rows]
     views = [item.views[which[row]] for item, row in zip(items, rows, strict=True)]
     said = [materials.caption_at(data, visits[row], seed=run.seed, epoch=epoch) for row in rows]
@@ -240,6 +248,8 @@ def not_finite(go: Course, step: int) -> str:
     told = []
     for batch_index in range((step - 1) * parts, step * parts):
         batch = gather(run, go.ready, batch_index=batch_index)
+        if not batch:
+            continue
         clean, _, _, timesteps = chance(base, batch, go.alphas, run=run, batch_index=batch_index)
         fine = torch.isfinite(clean).flatten(1).all(1).tolist()
         told += [

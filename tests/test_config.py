@@ -40,12 +40,6 @@ def test_a_data_folder_is_found_beside_the_config_and_first_where_the_command_ru
     assert config.load(written(tmp_path, RUN)).data[0].folder == tmp_path / "here" / "pictures"
 
 
-def test_a_character_trains_the_text_encoder_and_a_style_does_not_unless_told(tmp_path: Path) -> None:
-    assert config.load(written(tmp_path, RUN)).lora.text_encoder
-    assert not config.load(written(tmp_path, RUN), changes=["kind=style"]).lora.text_encoder
-    assert config.load(written(tmp_path, RUN), changes=["kind=style", "lora.text_encoder=true"]).lora.text_encoder
-
-
 def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
     run = config.load(written(tmp_path, RUN), changes=["lora.rank=4", "trigger=zog", "optimizer.learning_rate=2e-3"])
     assert (run.lora.rank, run.trigger, run.optimizer.learning_rate) == (4, "zog", 2e-3)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora import checkpoint, config, events, lora_file, run_folder, train
+from sdlora import checkpoint, config, events, lora_file, prepare, run_folder, train
 from sdlora.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: P
         "samples/000000-0.png", "samples/000003-0.png", "samples/000006-0.png",
     }  # fmt: skip
     assert checkpoint.steps(tmp_path / "run/state") == [3, 6]
-    assert config.load(tmp_path / "run/config.toml") == run
+    assert config.load(tmp_path / "run/config.toml") == prepare.linked_run(run).run
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     file = lora_file.read(tmp_path / "run/tiny.safetensors")
