@@ -134,6 +134,34 @@ def test_of_many_that_take_over_at_once_one_gets_it(knows: bool, tmp_path: Path)
         assert sum(line.startswith(f"Run folder {folder} is in use by ") for line in told) == 5
 
 
+def test_a_lock_on_a_file_that_its_last_owner_has_just_deleted_is_worth_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, asked = tmp_path / run_lock.NAME, fcntl.flock, []
+
+    def late(handle: int, what: int) -> None:
+        if not asked:
+            path.unlink(missing_ok=True)
+        asked.append(what)
+        real(handle, what)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with run_lock.held(tmp_path):
+        monkeypatch.undo()
+        assert len(asked) == 2
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} "), run_lock.held(tmp_path):
+            pass
+
+
+def test_on_a_disk_without_locks_who_writes_last_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = left(tmp_path, pid=7, host="elsewhere", boot="another")
+    theirs = path.read_text()
+    path.unlink()
+    monkeypatch.setattr(run_lock, "fcntl", None)
+    monkeypatch.setattr(time, "sleep", lambda _: path.write_text(theirs))
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere"), run_lock.held(tmp_path):
+        pass
+    assert path.read_text() == theirs
+
+
 def test_the_folder_is_free_again_after_a_mistake_and_what_was_made_for_it_is_gone(locks: bool, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run_lock.held(tmp_path / "runs" / "mine"):
         raise ZeroDivisionError
