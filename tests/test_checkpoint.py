@@ -150,7 +150,7 @@ def at_call(number: int, do: Callable[[], None], *, after: bool = False, deletes
 
     def counted(name: str, call: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
         def counting(*args: Any, **more: Any) -> Any:
-            if "dir_fd" in more:  # within a folder that is being deleted
+            if name == "os.open" and "dir_fd" in more:  # a folder that is being deleted is looked through
                 return call(*args, **more)
             seen.append(name)
             mine = len(seen) == number
@@ -275,7 +275,7 @@ def test_a_process_killed_at_any_call_leaves_a_good_state_and_the_next_save_clea
         assert checkpoint.tidy(folder, keep_last=9, keep_every=0) == []
         assert sorted(path.name for path in folder.iterdir()) == sorted({f"{kept:06d}", "000200"})
         assert_same(checkpoint.newest(folder)[0], state(note="next"))
-    assert len(outcomes) >= CALLS
+    assert len(outcomes) >= CALLS + (7 if kept == 200 else 0)  # the earlier save given two names and deleted, file by file
     assert sorted(outcomes, reverse=True) == outcomes  # first what was before, from one call on what came after
     assert set(outcomes) == {"before", "after"}
 
