@@ -79,6 +79,7 @@ def share(
         "Prompts, captions' tags and names of folders are inside, for all to read."
         if keep_prompts
         else "Prompts, captions' tags and names of folders were left out; --keep-prompts puts them in.",
+        f"{made.pictures} sample pictures",
         f"The folder: {made.folder}",
         f"The zip:    {made.archive}",
     ]

@@ -116,7 +116,7 @@ def snippet(card: Card) -> str:
     return "\n".join([
         *lines, "",
         f"pipe = {pipeline}.{opened}",
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+        'pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe.to("cpu", torch.float32)',
         f'pipe.load_lora_weights({_string(card.hub_id or ".")}, weight_name={_string(card.file)}, adapter_name="lora")',
         f'pipe.set_adapters("lora", {card.strength:g})',
         f"image = pipe({_string(example_prompt(card))}).images[0]",

@@ -287,9 +287,8 @@ def push(folder: Path, hub_id: str, *, private: bool = False) -> str:
     except Exception as problem:  # requests of every kind fail in their own ways
         raise UserError(f"{_refusal(hub_id, problem)} The folder {folder} is complete and stays.") from problem
     if held:
-        raise UserError(
-            f"'{hub_id}' on the Hugging Face hub holds {len(held)} files already, such as {held[0]}; give a new name. {folder} stays."
-        )
+        there = f"'{hub_id}' on the Hugging Face hub holds {len(held)} files already, such as {held[0]}; give a new name."
+        raise UserError(f"{there} The folder {folder} is complete and stays.")
     return url
 
 
