@@ -114,6 +114,11 @@ def _kept_latents(folder: Path | None, key: str) -> Latents | None:
     return Latents(tensors["mean"], tensors["deviation"], tensors.get("mask")) if tensors else None
 
 
+def missing(base: Base, views: Sequence[View], *, folder: Path, background: tuple[int, int, int]) -> int:
+    """How many of some views have no entry; nothing is read but names."""
+    return sum(not entry_path(folder, _latents_key(base, view, background)).is_file() for view in views)
+
+
 def text_states(base: Base, tokens: Tokens, *, folder: Path | None) -> TextStates:
     """States of texts by text encoders that do not change, kept or made, on the base's device."""
     found = []

@@ -1,0 +1,375 @@
+"""A few steps of a run, taken and measured in a process of their own before the run is begun.
+
+A fresh process, because what counts on a CPU is the memory of the whole process, libraries and all, and because a trial that does not fit
+takes nobody with it. It does what the run will do, in the run's order and with the run's own functions, on a few of its pictures: opens
+the base, encodes, draws, takes a step or more of each training size, looks, writes. It writes into a temporary folder alone: the run
+folder is not touched, and the cache is read, never filled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sdlora import (
+    adapters,
+    averaging,
+    base_model,
+    cache,
+    config,
+    devices,
+    excerpt,
+    generate,
+    memory,
+    optimizer,
+    prepare,
+    result,
+    samples,
+    text,
+)
+from sdlora import material as materials
+from sdlora.base_model import Base
+from sdlora.config import Config
+from sdlora.errors import UserError
+from sdlora.excerpt import Kind
+from sdlora.latents import Latents
+from sdlora.material import Found, Material
+from sdlora.prepare import Prepared, Speech
+
+LOOK_AT = 4  # pictures for the doctor's time
+DRAW_STEPS = 3  # of a sample picture; the first is warm-up
+ENOUGH_S = 3.0  # of repeated batches per training size
+MOST_REPEATS = 20
+SLOW_S = 10.0  # a batch that takes longer is measured once
+KILLED = -9  # how a process ends that the system takes when memory is short
+
+
+class TooLargeError(Exception):
+    """The device has not enough memory."""
+
+
+@dataclass(frozen=True)
+class BatchTime:
+    """A training size with the pictures of a batch, the first batch's seconds forward and backward, and those of the next."""
+
+    shape_px: tuple[int, int]
+    pictures: int
+    first_s: float
+    batch_s: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trial found.
+
+    Args:
+        peak_bytes: the most memory that it held, see `memory.peak_bytes`.
+        step_s: what an optimizer step takes beside its batches.
+        start_s: from the start of the process to the first step, without what is told apart below.
+        check_s: of the doctor's look at a picture, `encode_s` of encoding a view, `speak_s` of encoding a text.
+        missing: views that are not in the cache yet; if there are none, encoding is reading.
+        forward_s: of one picture without gradients.
+        picture_s: of drawing a sample, and `picture_bytes` its size.
+        save_s: of writing the LoRA, and `lora_bytes` its size.
+    """
+
+    device: str
+    peak_bytes: int
+    batches: tuple[BatchTime, ...]
+    step_s: float
+    start_s: float
+    check_s: float
+    encode_s: float
+    speak_s: float
+    missing: int
+    forward_s: float
+    picture_s: float
+    picture_bytes: int
+    save_s: float
+    lora_bytes: int
+
+
+Progress = tuple[int, int]
+
+
+@dataclass
+class Clock:
+    """Adds up seconds by name, each measured when the device has finished.
+
+    Args:
+        since_s: when the first lap begins, by the same clock as `now_s`.
+    """
+
+    device: torch.device
+    since_s: float
+    now_s: Callable[[], float] = time.perf_counter
+    spent_s: dict[str, float] = field(default_factory=dict)
+
+    def lap(self, name: str = "") -> float:
+        """The time since the last lap, added to a name."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now_s = self.now_s()
+        passed_s, self.since_s = now_s - self.since_s, now_s
+        self.spent_s[name] = self.spent_s.get(name, 0.0) + passed_s
+        return passed_s
+
+
+# --- the trial ----------------------------------------------------------------------------------------------------------------
+
+
+def measure(run: Config, *, memory_limit_bytes: int | None = None, work: bool = False) -> Iterator[Progress | Measured]:
+    """Tries a run in this process: (done, total) as it goes, and at the end what was found.
+
+    Args:
+        memory_limit_bytes: what a GPU may be asked for, if less than it has.
+        work: whether times are of this process's work, for machines that do other things too, instead of the clock's.
+
+    Raises:
+        UserError: as the run itself would before its first step.
+        TooLargeError: if the memory does not suffice.
+    """
+    device = devices.best_device()
+    if memory_limit_bytes is not None and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit_bytes / torch.cuda.mem_get_info(device)[1]), device)
+    try:
+        yield from _measured(run, Clock(device, 0.0, time.process_time) if work else Clock(device, _born_s()))
+    except RuntimeError as problem:
+        if isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem) or "can't allocate memory" in str(problem):
+            raise TooLargeError from problem
+        raise
+
+
+def _born_s() -> float:
+    """When this process began, by `time.perf_counter`."""
+    return time.perf_counter() - (time.time() - float(psutil.Process().create_time()))
+
+
+def _measured(run: Config, clock: Clock) -> Iterator[Progress | Measured]:
+    base, data, check_s = _opened(run, clock)
+    chosen = excerpt.fullest(excerpt.kinds(data, batch=run.batch, seed=run.seed))
+    total = len(chosen) + 3
+    seen, missing, encode_s = _encoded(run, base, data, chosen, clock)
+    yield 1, total
+    trains_text = any(part != "unet" for part in adapters.add_lora(base, run))
+    speech, speak_s = _heard(run, base, data, chosen, clock, trains_text=trains_text)
+    steps = excerpt.ready(base, data, seen, speech)
+    mover, trainable = adapters.optimizer_of(base, run), adapters.parameters(base)
+    average = averaging.start(trainable) if run.optimizer.ema else []
+    base_model.set_training(base, True)
+    clock.lap("start")
+    picture_s, picture_bytes = _drawn(run, base, data, clock, keep_text=speech.states is None) if run.sample_every else (0.0, 0)
+    yield 2, total
+    batches, step_s = list[BatchTime](), 0.0
+    for done, kind in enumerate(chosen, start=3):
+        one, step_s = _stepped(run, steps, kind, mover, trainable, average, clock)
+        batches.append(one)
+        yield done, total
+    forward_s = _looked(run, steps, chosen[0], clock)
+    save_s, lora_bytes = _saved(run, base, data, clock)
+    yield total, total
+    yield Measured(
+        _title(clock.device), memory.peak_bytes(clock.device), tuple(batches), step_s, clock.spent_s["start"], check_s, encode_s,
+        speak_s, missing, forward_s, picture_s, picture_bytes, save_s, lora_bytes,
+    )  # fmt: skip
+
+
+def _title(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def _opened(run: Config, clock: Clock) -> tuple[Base, Material, float]:
+    """The base, what it will be trained on, and seconds of the doctor's look at a picture."""
+    found = materials.find_or_refuse(run)
+    base = prepare.open_base(run, device=clock.device, dtype=devices.base_dtype(clock.device, run.precision))
+    base_model.weights_hash(base)  # reads gigabytes, once; it goes into every file
+    data = prepare.material_of(run, found.samples, base)
+    clock.lap("start")
+    _look(run, replace(found, samples=found.samples[:LOOK_AT], held_out=()), base)
+    return base, data, clock.lap("check") / min(LOOK_AT, len(found.samples))
+
+
+def _look(run: Config, few: Found, base: Base) -> None:
+    def count(words: str) -> int:
+        return text.count(base, words)
+
+    for _ in materials.examined(run, few, grain_px=base.grain_px, resolution_px=base.resolution_px, token_count=count):
+        pass
+
+
+def _encoded(
+    run: Config, base: Base, data: Material, chosen: Sequence[Kind], clock: Clock
+) -> tuple[dict[tuple[int, int], Latents], int, float]:
+    """The latents that some batches show, how many views the cache lacks, and seconds per view.
+
+    Where the cache lacks none, the autoencoder is not opened, as it will not be in the run.
+    """
+    views = [view for item in data.items for view in item.views]
+    folder = cache.default_folder() if run.cache == "disk" else None
+    missing = cache.missing(base, views, folder=folder, background=run.sizes.background) if folder else len(views)
+    places, _ = excerpt.wanted(run, data, chosen)
+    if missing:
+        _ = base.vae
+    clock.lap("start")
+    shown = [data.items[i].views[j] for i, j in places]
+    made = cache.latents(base, shown, folder=None if missing else folder, background=run.sizes.background)
+    seen = excerpt.placeholders(data, base.reduction) | {place: one.to(base.device) for place, one in zip(places, made, strict=True)}
+    return seen, missing, clock.lap("encode") / len(places)
+
+
+def _heard(run: Config, base: Base, data: Material, chosen: Sequence[Kind], clock: Clock, *, trains_text: bool) -> tuple[Speech, float]:
+    """What is said at some batches, and seconds per text that is encoded ahead."""
+    every = excerpt.heard(run, data)
+    chunks, (_, said) = text.chunk_count(base, every), excerpt.wanted(run, data, chosen)
+    clock.lap("start")
+    speech = excerpt.speech_of(base, run, said, chunks=chunks, ahead=not trains_text and len(every) <= prepare.MOST_STATES)
+    speak_s = clock.lap("speak") / len(speech.rows) if speech.states is not None else 0.0
+    base_model.send_away(base, text=speech.states is not None)
+    return speech, speak_s
+
+
+def _stepped(
+    run: Config, steps: Prepared, kind: Kind, mover: torch.optim.Optimizer, trainable: Sequence[nn.Parameter], average: Sequence[Tensor],
+    clock: Clock,
+) -> tuple[BatchTime, float]:  # fmt: skip
+    """Times of a batch, and seconds of all else in a step; nothing is learned, since the rates are 0."""
+    alphas, batch_s, step_s = steps.base.alphas, list[float](), list[float]()
+    optimizer.set_rates(mover, 0.0)
+    clock.lap()
+    while len(batch_s) < 2 or (batch_s[-1] < SLOW_S and len(batch_s) <= MOST_REPEATS and sum(batch_s[1:]) < ENOUGH_S):
+        loss = excerpt.loss(run, steps, kind, alphas)
+        loss.backward()  # type: ignore[no-untyped-call]
+        float(loss)
+        batch_s.append(clock.lap())
+        nn.utils.clip_grad_norm_(trainable, run.optimizer.clip_norm or math.inf)
+        mover.step()
+        mover.zero_grad(set_to_none=True)
+        if run.optimizer.max_norm:
+            adapters.limit_norms(steps.base, run.optimizer.max_norm)
+        if average:
+            averaging.update(average, trainable, decay=1.0)
+        step_s.append(clock.lap())
+    return BatchTime(kind.shape_px, kind.pictures, batch_s[0], statistics.median(batch_s[1:])), statistics.median(step_s[1:])
+
+
+@torch.no_grad()
+def _looked(run: Config, steps: Prepared, kind: Kind, clock: Clock) -> float:
+    """Seconds of one picture without gradients, in a batch as large as the run's."""
+    alphas = steps.base.alphas
+    clock.lap()
+    float(excerpt.loss(run, steps, kind, alphas))
+    return clock.lap() / kind.pictures
+
+
+def _drawn(run: Config, base: Base, data: Material, clock: Clock, *, keep_text: bool) -> tuple[float, int]:
+    """Seconds and bytes of a sample picture: a few of its steps are taken, and the others counted."""
+    base_model.set_training(base, False)
+    request, laps, picture = generate.Request(samples.prompts(run, data)[0], seed=run.seed), list[float](), None
+    for found in generate.picture(base, replace(request, steps=DRAW_STEPS)):
+        picture = found
+        laps.append(clock.lap())
+    assert isinstance(picture, Image.Image)
+    base_model.set_training(base, True)
+    base_model.send_away(base, text=not keep_text)
+    each_s = statistics.median(laps[1:DRAW_STEPS])
+    return sum(laps) + each_s * (request.steps - DRAW_STEPS), len(generate.png_bytes(picture, ""))
+
+
+def _saved(run: Config, base: Base, data: Material, clock: Clock) -> tuple[float, int]:
+    """Seconds of writing the LoRA file, and its bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        clock.lap()
+        path = result.save(base, run, Path(folder) / "trial.safetensors", step=1, data=data)
+        return clock.lap(), path.stat().st_size
+
+
+# --- in a process of its own --------------------------------------------------------------------------------------------------
+
+
+def tried(run: Config, *, memory_limit_bytes: int | None = None, work: bool = False) -> Iterator[Progress | Measured]:
+    """`measure` in a fresh process; the arguments are the same.
+
+    Raises:
+        UserError, TooLargeError: as `measure`; a process that the system ended was too large.
+    """
+    asked = json.dumps({"config": config.to_toml(run), "memory_limit_bytes": memory_limit_bytes, "work": work})
+    command = [sys.executable, "-m", "sdlora.trial"]
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as child:
+            answer = yield from _followed(child, asked)
+        said.seek(0)
+        yield understood(answer, child.returncode, said.read())
+
+
+def _followed(child: subprocess.Popen[str], asked: str) -> Generator[Progress, None, dict[str, Any]]:
+    """Asks a child, passes its progress on, and returns its answer; it ends with whoever asked."""
+    assert child.stdin
+    assert child.stdout
+    answer: dict[str, Any] = {}
+    try:
+        child.stdin.write(asked)
+        child.stdin.close()
+        for line in child.stdout:
+            answer = json.loads(line)
+            if "done" in answer:
+                yield answer["done"], answer["total"]
+    except GeneratorExit:
+        child.kill()
+        raise
+    return answer
+
+
+def understood(answer: dict[str, Any], code: int, said: str) -> Measured:
+    """What a child found.
+
+    Args:
+        answer: its last line.
+        code: with which it ended, negative for a signal.
+        said: on its standard error.
+
+    Raises:
+        UserError, TooLargeError: if the child says so, or the system ended it.
+    """
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    if answer.get("too_large") or code == KILLED:
+        raise TooLargeError
+    if "measured" not in answer:
+        raise RuntimeError(f"the trial ended with code {code} and said: {said[-2000:]}")
+    values = answer["measured"]
+    batches = tuple(BatchTime(**one | {"shape_px": tuple(one["shape_px"])}) for one in values["batches"])
+    return Measured(**values | {"batches": batches})
+
+
+def main() -> None:
+    """Reads a config from the standard input and writes one line of JSON for each thing that `measure` yields."""
+    asked = json.loads(sys.stdin.read())
+    try:
+        run = config.parse(tomllib.loads(asked["config"]), where="plan")
+        for one in measure(run, memory_limit_bytes=asked["memory_limit_bytes"], work=asked["work"]):
+            print(json.dumps({"measured": asdict(one)} if isinstance(one, Measured) else {"done": one[0], "total": one[1]}), flush=True)
+    except UserError as problem:
+        print(json.dumps({"refused": str(problem)}), flush=True)
+    except TooLargeError:
+        print(json.dumps({"too_large": True}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
