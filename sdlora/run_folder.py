@@ -13,9 +13,10 @@ run.lock         whose run it is while it runs
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sdlora.errors import UserError
 from sdlora.events import Event, Sampled
 
 REQUESTS = ("stop", "pause", "save", "sample")
+HALF_WRITTEN = re.compile(r"\..+\.\d+\.part")  # as `files.write` names it
 
 
 @contextmanager
@@ -46,8 +48,8 @@ def opened(folder: Path, *, resume: bool) -> Iterator[None]:
         with run_lock.held(folder):
             yield
     finally:
-        for one in made:
-            if not any(one.iterdir()):
+        with suppress(OSError):  # not empty, or lost with its disk
+            for one in made:
                 one.rmdir()
 
 
@@ -76,9 +78,19 @@ def begin(folder: Path, run: Config, *, step: int) -> None:
         files.make_folder(folder / name)
     for name in REQUESTS:
         forget(folder, name)
+    _sweep(folder)
     files.write(folder / "config.toml", config.to_toml(run).encode())
     kept = [row for row in rows(folder) if step and row.get("step", 0) <= step and row["event"] != "done"]
     files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def _sweep(folder: Path) -> None:
+    """Takes away what a killed run has left half written; this run holds the folder, so nobody else writes there."""
+    for place in (folder, folder / "checkpoints", folder / "samples"):
+        for path in place.glob(".*.part"):
+            if HALF_WRITTEN.fullmatch(path.name):
+                with suppress(OSError):  # it costs space, no more
+                    path.unlink()
 
 
 def log(folder: Path, **row: Any) -> None:
