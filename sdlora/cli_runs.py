@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdlora.errors import UserError
 from sdlora.progress import console, progress
@@ -144,10 +145,11 @@ def train_many(
 
 def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; words in it are never taken for markup."""
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    table = Table(*(Column(head, overflow="fold") for head in heads), box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console.print(table, highlight=False, width=None if console.is_terminal else WIDE)
+    wide = console if console.is_terminal else Console(file=console.file, width=WIDE, markup=False)
+    wide.print(table, highlight=False)
 
 
 def _without_exit(train_one: Callable[[Config, Path], Path], run: Config, folder: Path) -> Path:
@@ -174,7 +176,7 @@ def _compare(jobs: Sequence[Job], ended: Sequence[Outcome], folder: Path, *, swe
     """Prints the table, and draws the sheet of a sweep that nobody has ended."""
     from sdlora import comparison, files, images
 
-    heads, *rows = comparison.table(ended, beside=folder)
+    heads, *rows = comparison.table(ended, beside=folder, reasons=False)
     show(heads, rows)
     if words := comparison.best_sentence(ended):
         _say(words, True)

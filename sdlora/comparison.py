@@ -92,22 +92,24 @@ def measured(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(outcomes: Sequence[Outcome], *, beside: Path = Path()) -> list[list[str]]:
+def table(outcomes: Sequence[Outcome], *, beside: Path, reasons: bool = True) -> list[list[str]]:
     """The comparison as rows of words, the first being the heads: one column for each setting that a sweep changes.
 
     Args:
         beside: the folder that files are named from.
+        reasons: whether the sentence stands there that says why a run came to nothing.
     """
     keys = list(dict.fromkeys(key for one in outcomes for key in one.settings))
     heads = ["run", *keys, "held-out loss", "lowest", "drift", "step", "strength", "minutes", "file"]
-    return [heads, *([one.name, *(one.settings.get(key, "") for key in keys), *_measures(one, beside)] for one in outcomes)]
+    return [heads, *([one.name, *(one.settings.get(key, "") for key in keys), *_measures(one, beside, reasons)] for one in outcomes)]
 
 
-def _measures(one: Outcome, beside: Path) -> list[str]:
+def _measures(one: Outcome, beside: Path, reasons: bool) -> list[str]:
     file = "" if one.file is None else str(one.file.relative_to(beside) if one.file.is_relative_to(beside) else one.file)
+    instead = f"{one.state}: {one.words}" if reasons and one.words else one.state
     return [
         _number(one.loss, ".4f"), _number(one.best_loss, ".4f"), _number(one.drift, ".1%"), _number(one.step, "d"),
-        _number(one.strength, "g"), _number(one.minutes, ".1f"), file if one.state == "done" else f"{one.state}: {one.words}".rstrip(": "),
+        _number(one.strength, "g"), _number(one.minutes, ".1f"), file if one.state == "done" else instead,
     ]  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def _shown(value: str) -> str:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    return next(one for one in (name, *(f"{name}-{i}" for i in itertools.count(2))) if one not in taken)
+    return next(one for one in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if one not in taken)
 
 
 # Doing it
@@ -192,7 +192,7 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) 
         given = ending.code if isinstance(ending, SystemExit) else 130
         state, words, code = "stopped", "The user ended it; the same command goes on.", given if isinstance(given, int) and given else 130
     except Exception as problem:
-        state, words, code = "crashed", f"{type(problem).__name__}: {problem}", 1
+        state, words, code = "crashed", f"{type(problem).__name__}: {problem}".rstrip(": "), 1
         trace = traceback.format_exc()
     measured = comparison.measured(folder) if state == "done" else {}
     return Outcome(job.config.name, job.settings, folder, state, words, code, trace=trace, **measured)
