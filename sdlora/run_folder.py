@@ -80,8 +80,13 @@ def begin(folder: Path, run: Config, *, step: int) -> None:
         forget(folder, name)
     _sweep(folder)
     files.write(folder / "config.toml", config.to_toml(run).encode())
-    kept = [row for row in rows(folder) if step and row.get("step", 0) <= step and row["event"] != "done"]
+    kept = [row for row in rows(folder) if step and row.get("step", 0) <= step and not _is_of_the_end(row, run)]
     files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def _is_of_the_end(row: dict[str, Any], run: Config) -> bool:
+    """Whether it was noted after the last step: a run that goes on does all of that anew, however little of it was left."""
+    return row["event"] in ("reported", "done") or (row["event"] == "saved" and row["step"] >= run.steps)
 
 
 def _sweep(folder: Path) -> None:
