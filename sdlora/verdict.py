@@ -1,0 +1,167 @@
+"""From looks at held-out pictures to a recommendation in a sentence: which checkpoint, at which strength, and what to beware of.
+
+Numbers in, words out; nothing here touches a model. The looks share their pictures, timesteps and noise, so a difference between two of
+them is the weights' own and small ones count; still, of checkpoints that are as good to `ALIKE` the earliest is taken, which has
+memorised least and drifted least. Without held-out pictures memory cannot be told from learning, and the verdict says so instead of
+guessing. The bounds were chosen on seeds that `docs/log.md` does not report on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sdlora.events import Validated
+
+ALIKE = 0.005  # losses that differ by less, as a share, are as good as each other
+OVERFIT = 0.03  # a rise of the held-out loss above its lowest that is said aloud
+BROKEN_DRIFT = 1.0  # answers to captions without the trigger have moved as far as they are long
+SAME_STRENGTH = 0.01  # a strength must lower the loss by more to be preferred to one nearer to 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to use, why, and what to beware of.
+
+    Args:
+        step: of the recommended checkpoint.
+        strength: to draw with.
+        reason: one sentence for somebody who has never trained a LoRA.
+        overfitting: whether later checkpoints are worse on pictures that they were not trained on.
+        warning: one sentence, or "".
+    """
+
+    step: int
+    strength: float
+    reason: str
+    overfitting: bool
+    warning: str
+
+
+def recommended(looks: Sequence[Validated], *, saved: Collection[int] | None = None) -> int:
+    """The step of the checkpoint to use: the earliest whose held-out loss is the lowest, to `ALIKE`.
+
+    Without held-out pictures: the last before the loss of the training pictures rose or the LoRA broke the base.
+
+    Args:
+        looks: of one run, by step; at least one after step 0.
+        saved: steps that have a checkpoint; all if not given.
+    """
+    every = [look for look in looks if look.step > 0]
+    kept = [look for look in every if saved is None or look.step in saved] or every
+    sound = [look for look in kept if _is_sound(look)]
+    if not sound:
+        return kept[0].step
+    if any(look.loss is None for look in sound):
+        return _until_it_rises(sound).step
+    lowest = min(_held(look) for look in sound)
+    return next(look.step for look in sound if _held(look) <= lowest * (1 + ALIKE))
+
+
+def verdict(looks: Sequence[Validated], *, strengths: Sequence[tuple[float, float]] = (), saved: Collection[int] | None = None) -> Verdict:
+    """The recommendation with its reason.
+
+    Args:
+        looks: as for `recommended`; with that of step 0 the reason compares with the base.
+        strengths: (strength, held-out loss) of the recommended checkpoint, see `validation.losses_at_strengths`.
+        saved: as for `recommended`.
+    """
+    step = recommended(looks, saved=saved)
+    chosen = next(look for look in looks if look.step == step)
+    last = max(looks, key=lambda look: look.step)
+    if chosen.loss is None:
+        return Verdict(step, 1.0, _reason_unknown(step, last), False, _warning_unknown(chosen, last))
+    rise = _rise(looks, chosen)
+    overfits = rise > OVERFIT or not _is_sound(last)
+    warning = _warning_after(looks, chosen, rise) if overfits else _warning_useless(looks, chosen)
+    return Verdict(step, strength(strengths), _reason(looks, chosen, last), overfits, warning)
+
+
+def strength(table: Sequence[tuple[float, float]]) -> float:
+    """Of the strengths whose loss is the lowest, to `SAME_STRENGTH`, the one nearest to 1; 1 for an empty table."""
+    lowest = min((loss for _, loss in table), default=0.0)
+    good = [one for one, loss in table if loss <= lowest * (1 + SAME_STRENGTH)]
+    return min(good, key=lambda one: (abs(one - 1), one), default=1.0)
+
+
+def _held(look: Validated) -> float:
+    assert look.loss is not None
+    return look.loss
+
+
+def _is_sound(look: Validated) -> bool:
+    numbers = (look.seen_loss, look.drift, 0.0 if look.loss is None else look.loss)
+    return all(map(math.isfinite, numbers)) and look.drift < BROKEN_DRIFT
+
+
+def _until_it_rises(sound: Sequence[Validated]) -> Validated:
+    """The last look, unless the loss of the training pictures has risen since its lowest, which no sound training does."""
+    lowest = min(sound, key=lambda look: look.seen_loss)
+    return lowest if sound[-1].seen_loss > lowest.seen_loss * (1 + OVERFIT) else sound[-1]
+
+
+def _rise(looks: Sequence[Validated], chosen: Validated) -> float:
+    """By which share the held-out loss has risen in the end: the mean of the last two looks after the chosen one."""
+    after = [_held(look) for look in looks if look.step > chosen.step and _is_sound(look)][-2:]
+    return sum(after) / len(after) / _held(chosen) - 1 if after else 0.0
+
+
+def _reason(looks: Sequence[Validated], chosen: Validated, last: Validated) -> str:
+    base = next((look for look in looks if look.step == 0), None)
+    without = f", {_held(base):.3g} without the LoRA" if base else ""
+    told = f"pictures that it was not trained on are predicted best there (error {_held(chosen):.3g}{without})"
+    if chosen.step == last.step:
+        return f"Step {chosen.step}, the last, is recommended: {told}, so a longer run may do still better."
+    others = [look.step for look in looks if look.step > chosen.step and _held(look) <= _held(chosen) * (1 + ALIKE)]
+    if others:
+        return f"Step {chosen.step} is recommended: {told}, and what came after, up to step {others[-1]}, brought nothing more."
+    return f"Step {chosen.step} is recommended: {told}."
+
+
+def _warning_after(looks: Sequence[Validated], chosen: Validated, rise: float) -> str:
+    last = max(looks, key=lambda look: look.step)
+    if not _is_sound(last):
+        return (
+            f"After step {chosen.step} the run breaks the base: answers to prompts without the trigger word have moved as far as they are "
+            "long; lower optimizer.learning_rate."
+        )
+    change = last.seen_loss / chosen.seen_loss - 1
+    told = f"from step {chosen.step} to {last.step} the error on pictures that it was not trained on rises by {rise:.0%}"
+    if change > OVERFIT:
+        return f"The run spoils itself: {told}, and on its own pictures by {change:.0%}; lower optimizer.learning_rate."
+    return (
+        f"The run overfits: {told}, while on its own pictures it {'falls by' if change < 0 else 'changes by'} {abs(change):.0%}, so it "
+        "memorises them; more pictures or fewer steps help."
+    )
+
+
+def _warning_useless(looks: Sequence[Validated], chosen: Validated) -> str:
+    base = next((look for look in looks if look.step == 0), None)
+    if base is None or _held(chosen) < _held(base) * (1 - ALIKE):
+        return ""
+    return (
+        "No checkpoint predicts pictures that it was not trained on better than the base does, so nothing general was learned; see whether "
+        "captions and pictures fit each other, and try another optimizer.learning_rate."
+    )
+
+
+def _reason_unknown(step: int, last: Validated) -> str:
+    if step == last.step:
+        return (
+            f"Step {step} is recommended only because it is the last: no picture was held out, and without one numbers cannot tell "
+            "learning from memorising, so compare the sample pictures."
+        )
+    return (
+        f"Step {step} is recommended because it is the last before training went wrong; no picture was held out, so numbers cannot tell "
+        "whether it memorises."
+    )
+
+
+def _warning_unknown(chosen: Validated, last: Validated) -> str:
+    if chosen.step == last.step and _is_sound(last):
+        return "Whether the run overfits is unknown; validation.share = 0.1 holds a tenth of the pictures out and answers it."
+    return (
+        f"After step {chosen.step} the error on the run's own pictures rises or the base breaks (drift {last.drift:.2g}); lower "
+        "optimizer.learning_rate."
+    )

@@ -1,0 +1,113 @@
+"""What is recommended from which curve, and whether a beginner is told the truth about it."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from sdlora import verdict
+from sdlora.events import Validated
+
+BASE = Validated(0, 0.46, 0.44, (1.1, 0.5, 0.2, 0.03), 0.0)
+
+
+def looks(losses: Sequence[float | None], seen: Sequence[float], drift: Sequence[float] | float = 0.3) -> list[Validated]:
+    """A run with a look every 100 steps."""
+    drifts = [drift] * len(seen) if isinstance(drift, float) else drift
+    rows = [Validated(100 * i, *row[:2], (0.0,) * 4, row[2]) for i, row in enumerate(zip(losses, seen, drifts, strict=True), start=1)]
+    start = BASE if losses[0] is not None else Validated(0, None, 0.44, BASE.bands, 0.0)
+    return [start, *rows]
+
+
+def test_a_run_that_still_improves_gives_its_last_checkpoint_and_says_that_more_may_help() -> None:
+    told = verdict.verdict(looks([0.2, 0.15, 0.13, 0.12], [0.18, 0.13, 0.11, 0.1]))
+    assert (told.step, told.overfitting, told.warning) == (400, False, "")
+    assert told.reason.startswith("Step 400, the last, is recommended")
+    assert "0.12" in told.reason
+    assert "0.46 without the LoRA" in told.reason
+
+
+def test_a_run_that_memorises_gives_the_checkpoint_before_and_says_so() -> None:
+    told = verdict.verdict(looks([0.16, 0.13, 0.15, 0.2, 0.25], [0.15, 0.12, 0.1, 0.07, 0.04]))
+    assert (told.step, told.overfitting) == (200, True)
+    assert "The run overfits: from step 200 to 500" in told.warning
+    assert "memorises" in told.warning
+    assert "while on its own pictures it falls by 67%" in told.warning
+
+
+def test_a_run_that_spoils_itself_is_not_said_to_memorise() -> None:
+    told = verdict.verdict(looks([0.13, 0.12, 0.2, 0.28], [0.11, 0.1, 0.19, 0.28]))
+    assert (told.step, told.overfitting) == (200, True)
+    assert "memoris" not in told.warning
+    assert "lower optimizer.learning_rate" in told.warning
+
+
+def test_a_flat_end_gives_its_beginning_and_no_alarm() -> None:
+    told = verdict.verdict(looks([0.2, 0.1301, 0.13, 0.1302, 0.1301], [0.18, 0.1201, 0.12, 0.1199, 0.12]))
+    assert (told.step, told.overfitting, told.warning) == (200, False, "")
+    assert "up to step 500, brought nothing more" in told.reason
+
+
+def test_a_single_bad_look_is_no_overfitting_and_does_not_end_the_search() -> None:
+    told = verdict.verdict(looks([0.2, 0.15, 0.17, 0.14, 0.13, 0.132], [0.18, 0.13, 0.15, 0.12, 0.11, 0.11]))
+    assert (told.step, told.overfitting) == (500, False)
+
+
+def test_a_checkpoint_that_was_not_saved_is_not_recommended() -> None:
+    rows = looks([0.16, 0.13, 0.15, 0.2], [0.15, 0.12, 0.1, 0.07])
+    assert verdict.recommended(rows) == 200
+    assert verdict.recommended(rows, saved={100, 300, 400}) in (100, 300)
+    assert verdict.verdict(rows, saved={300, 400}).step == 300
+
+
+def test_without_held_out_pictures_nothing_is_claimed() -> None:
+    told = verdict.verdict(looks([None] * 4, [0.18, 0.13, 0.11, 0.04]), strengths=[(0.5, 0.01), (1.0, 0.04)])
+    assert (told.step, told.strength, told.overfitting) == (400, 1.0, False)
+    assert "only because it is the last" in told.reason
+    assert "unknown" in told.warning
+    assert "validation.share" in told.warning
+
+
+@pytest.mark.parametrize("loss", [None, 0.1])
+def test_a_base_that_breaks_gives_the_checkpoint_before(loss: float | None) -> None:
+    told = verdict.verdict(looks([loss] * 4, [0.18, 0.13, 0.12, 0.11], [0.1, 0.2, 1.4, 5.0]))
+    assert told.step in (100, 200)
+    assert told.overfitting == (loss is not None)
+    assert "optimizer.learning_rate" in told.warning
+    assert verdict.verdict(looks([loss] * 2, [0.2, 0.1], [2.0, math.inf])).step == 100
+
+
+def test_without_held_out_pictures_a_rising_error_on_the_own_pictures_is_believed() -> None:
+    told = verdict.verdict(looks([None] * 4, [0.18, 0.13, 0.25, 0.4]))
+    assert told.step == 200
+    assert "went wrong" in told.reason
+
+
+def test_nothing_learned_is_said() -> None:
+    told = verdict.verdict(looks([0.47, 0.465, 0.466], [0.45, 0.44, 0.44]))
+    assert "nothing general was learned" in told.warning
+
+
+@pytest.mark.parametrize(
+    ("table", "strength"),
+    [
+        ((), 1.0),
+        ([(0.6, 0.2), (0.8, 0.15), (1.0, 0.13), (1.2, 0.14)], 1.0),
+        ([(0.6, 0.2), (0.8, 0.12), (1.0, 0.13), (1.2, 0.14)], 0.8),
+        ([(0.6, 0.13), (0.8, 0.1299), (1.0, 0.1301), (1.2, 0.1302)], 1.0),  # all alike: what was trained
+        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], 1.2),
+    ],
+)
+def test_another_strength_is_recommended_only_where_it_is_clearly_better(table: list[tuple[float, float]], strength: float) -> None:
+    assert verdict.strength(table) == strength
+
+
+def test_every_sentence_is_one_sentence() -> None:
+    curves = (
+        looks([0.2, 0.15], [0.2, 0.1]), looks([0.1, 0.2], [0.1, 0.05]), looks([0.1, 0.2], [0.1, 0.3]), looks([None, None], [0.2, 0.1]),
+        looks([0.1, 0.1], [0.1, 0.1], [0.2, 3.0]), looks([0.5, 0.5], [0.5, 0.5]),
+    )  # fmt: skip
+    for curve in curves:
+        told = verdict.verdict(curve)
+        for words in (told.reason, told.warning):
+            assert words == "" or (words.endswith(".") and ". " not in words and words[0].isupper())
