@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -336,6 +336,16 @@ def test_what_a_killed_run_has_half_written_is_gone_when_it_goes_on(short: Whole
     assert steps_told(left) == [*range(1, 9)]
     assert [path.name for path in left.rglob(".*")] == [".mine.part"]
     assert result(left) == result(short.folder)
+
+
+def test_states_that_a_killed_run_had_no_time_to_delete_go_when_it_goes_on(short: Whole, tmp_path: Path) -> None:
+    left = Path(shutil.copytree(short.folder, tmp_path / "run"))
+    shutil.copytree(left / "state/000006", left / "state/.000006.4194300.part")
+    checkpoint.write(left / "state", replace(checkpoint.read(left / "state/000006"), step=4))
+    lines = (left / "metrics.jsonl").read_text().splitlines()
+    (left / "metrics.jsonl").write_text("\n".join(lines[:-2]) + "\n")  # the file saved, and done
+    assert_goes_on_as(short, short.run, left)
+    assert sorted(path.name for path in (left / "state").iterdir()) == ["000006", "000008"]
 
 
 def test_a_run_folder_that_is_lost_ends_the_run_in_a_sentence(short: Whole, tmp_path: Path) -> None:
