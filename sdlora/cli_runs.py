@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -111,7 +111,7 @@ def train_many(
     out: Path | None,
     train_one: Callable[[Config, Path], Path],
     dry_run: bool = False,
-) -> None:
+) -> NoReturn:
     """Trains several configs, or each with all combinations of a sweep's values, and compares what came of them.
 
     Args:
@@ -121,7 +121,7 @@ def train_many(
 
     Raises:
         UserError: if a config or the sweep is not allowed, or the folder holds other runs' comparison.
-        typer.Exit: with 0 if all are done, 130 or 143 if the user ended the queue, 1 if a run crashed, 2 if one failed.
+        typer.Exit: always; 0 if all are done or only shown, 130 or 143 if the user ended the queue, 1 if a run crashed, 2 if one failed.
     """
     from sdlora import config, many
 
@@ -130,7 +130,7 @@ def train_many(
     folder = out or many.default_folder(jobs, first_name=config.load(configs[0], changes=list(changes)).name)
     if dry_run:
         _show_jobs(jobs, folder)
-        return
+        raise typer.Exit()
     ended: list[Outcome] = []
     for event in many.run(jobs, folder, lambda run, place: _without_exit(train_one, run, place), writes=leads):
         if isinstance(event, many.Begun):
@@ -182,7 +182,7 @@ def _compare(jobs: Sequence[Job], ended: Sequence[Outcome], folder: Path, *, swe
         _say(words, True)
     _say(f"The comparison: {folder / 'comparison.md'}", True)
     configs = [job.config for job in jobs]
-    if not swept or any(one.state == "stopped" for one in ended):
+    if not swept or any(one.state in ("stopped", "not begun") for one in ended):
         return
     if why := comparison.no_sheet(configs, ended):
         _say(why, True)

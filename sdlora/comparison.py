@@ -31,7 +31,7 @@ class Outcome:
     Args:
         state: "done", "failed" (a mistake that the user can mend), "crashed" (ours), "stopped" (by the user), or "not begun".
         words: what went wrong, in a sentence.
-        code: the exit code that the run alone would have had.
+        code: the exit code that follows from it; 130 of a run that is done if the user asked to stop when its last step was taken.
         loss, best_loss: held out, of the last look and the lowest; None if nothing is held out.
         drift: of the last look, as a share.
         step, strength: recommended; None if the run recommends nothing.

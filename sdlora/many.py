@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sdlora import comparison, config, runs
+from sdlora import comparison, config, run_folder, runs
 from sdlora.comparison import Outcome
 from sdlora.config import Config
 from sdlora.errors import UserError
 
+ENDED = 130  # the exit code of a program that Ctrl-C has ended
 LONGEST_NAME = 100  # file systems allow 255 bytes, and checkpoints' names are longer
 _BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
@@ -168,7 +169,7 @@ def run(jobs: Sequence[Job], folder: Path, train_one: Callable[[Config, Path], P
         if writes:
             comparison.write(folder, [*ended, *waiting[place:]])
         yield ended[-1]
-        if ended[-1].state == "stopped":
+        if ended[-1].state == "stopped" or ended[-1].code == ENDED:
             yield from waiting[place:]
             return
         gc.collect()  # a base that a failed run leaves in a circle is gone before the next is loaded
@@ -177,7 +178,7 @@ def run(jobs: Sequence[Job], folder: Path, train_one: Callable[[Config, Path], P
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """0 if all are done; that of the signal if the user ended the queue; 1 if a run crashed, which is our bug; else 2."""
     codes = {one.state: one.code for one in outcomes if one.code}
-    return next((codes[state] for state in ("stopped", "crashed", "failed") if state in codes), 0)
+    return next((codes[state] for state in ("stopped", "done", "crashed", "failed") if state in codes), 0)
 
 
 def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) -> Outcome:
@@ -186,11 +187,14 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) 
     try:
         if not _is_done(job, folder):
             train_one(job.config, folder)
+            if run_folder.is_asked(folder, "stop"):  # too late for this run, which had taken its last step, but not for the queue
+                run_folder.forget(folder, "stop")
+                code = ENDED
     except UserError as problem:
         state, words, code = "failed", str(problem), 2
     except (KeyboardInterrupt, SystemExit) as ending:
-        given = ending.code if isinstance(ending, SystemExit) else 130
-        state, words, code = "stopped", "The user ended it; the same command goes on.", given if isinstance(given, int) and given else 130
+        given = ending.code if isinstance(ending, SystemExit) else ENDED
+        state, words, code = "stopped", "The user ended it; the same command goes on.", given if isinstance(given, int) and given else ENDED
     except Exception as problem:
         state, words, code = "crashed", f"{type(problem).__name__}: {problem}".rstrip(": "), 1
         trace = traceback.format_exc()

@@ -192,6 +192,21 @@ def test_the_user_ends_the_queue_and_what_was_not_begun_is_said(
     assert [one["state"] for one in json.loads((tmp_path / "comparison.json").read_text())["runs"]] == ["stopped", "not begun"]
 
 
+def test_a_wish_to_stop_that_comes_after_a_runs_last_step_ends_the_queue(paths: list[Path], tmp_path: Path) -> None:
+    def asked(run: Config, folder: Path) -> Path:
+        path = pretended(run, folder)
+        run_folder.ask(folder, "stop")
+        return path
+
+    jobs = many.expand(paths, [], [])
+    found = outcomes(jobs, tmp_path, asked)
+    assert [one.state for one in found] == ["done", "not begun"]
+    assert many.exit_code(found) == 130
+    again = outcomes(jobs, tmp_path, pretended)
+    assert [one.state for one in again] == ["done", "done"]
+    assert many.exit_code(again) == 0
+
+
 def test_the_same_command_again_does_only_what_is_not_done(paths: list[Path], tmp_path: Path) -> None:
     jobs = many.expand(paths, [], [])
     outcomes(jobs, tmp_path, failing("vit", UserError("later")))
@@ -234,6 +249,7 @@ def test_of_several_processes_one_writes(paths: list[Path], tmp_path: Path) -> N
         ({"done": 0, "failed": 2}, 2),
         ({"failed": 2, "crashed": 1}, 1),
         ({"failed": 2, "crashed": 1, "stopped": 143}, 143),
+        ({"failed": 2, "done": 130}, 130),
         ({"not begun": 0}, 0),
     ],
 )
