@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdlora import cli_train
+from sdlora import cli_runs, cli_train
 from sdlora.cli_tools import number, tools, with_numbers
 from sdlora.errors import UserError
 from sdlora.progress import console, progress
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(help="Train a Stable Diffusion LoRA from a folder of pictures, and see that it worked.", no_args_is_help=True)
 cli.add_typer(cli_train.training)
+cli.add_typer(cli_runs.several)
 cli.add_typer(tools)
 
 BaseName = Annotated[str, typer.Option(help="mini, a diffusers folder, a .safetensors checkpoint, or a hub name")]

@@ -10,11 +10,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdlora import cli_runs
 from sdlora.errors import UserError
 from sdlora.progress import Bars, console, progress
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from sdlora.config import Config
+    from sdlora.forecast import Forecast
 
 training = typer.Typer()
 RunFolder = Annotated[Path | None, typer.Option("--out", help="the run folder; one below runs/ if not given")]
@@ -35,14 +38,22 @@ def train(
     out: RunFolder = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="go on with the run in this folder")] = None,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="go on although settings or pictures have changed")] = False,
+    sweep: Annotated[list[str], typer.Option("--sweep", metavar="KEY=A,B", help="a run for each value, and a comparison")] = [],  # noqa: B006
+    plan_first: Annotated[bool, typer.Option("--plan", help="forecast the run first, and begin it only if it fits")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
 ) -> None:
     """Trains a LoRA as a TOML file says; the same command again goes on with a run that was interrupted."""
     from sdlora import config as configs
 
-    if not config and not resume:
+    paths, axes = cli_runs.parted(config or [], sweep)
+    if not paths and not resume:
         raise UserError("Name the run's TOML file, or a run folder with --resume.")
-    paths = config or [(resume or Path()) / "config.toml"]
+    if len(paths) > 1 or axes:
+        if resume:
+            raise UserError("--resume is for one run; the same command again goes on with a queue or a sweep.")
+        one = partial(train_one, allow_changes=allow_changes)
+        cli_runs.train_many(paths, changes=changes, sweep=axes, out=out, train_one=one, dry_run=dry_run)
+    paths = paths or [(resume or Path()) / "config.toml"]
     run = configs.load(paths[0], changes=changes)
     if dry_run:
         show_plan(run)
@@ -50,9 +61,43 @@ def train(
     folder, goes_on = folder_for(Path("runs") / run.name, resume or out)
     if resume and not goes_on:
         raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")
-    path = follow(run, folder, resume=goes_on, allow_changes=allow_changes)
+    told = forecast(run, measure=True) if plan_first else None
+    if told and told.changes:
+        raise UserError("The run does not fit as it is; give the words above, and it does.")
+    path = follow(run, folder, resume=goes_on, allow_changes=allow_changes, forecast=told)
     if is_first():
         console.print(f"The LoRA file: {path}", soft_wrap=True)
+
+
+@training.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="the run's TOML file")],
+    changes: Changes = [],  # noqa: B006
+    measure: Annotated[bool, typer.Option("--measure/--count-only", help="try some steps on the device, or only count")] = True,
+) -> None:
+    """Forecasts a run: memory, time per step, time in all, disk; and with which settings it fits if it does not."""
+    from sdlora import config as configs
+
+    forecast(configs.load(config, changes=changes), measure=measure)
+
+
+def forecast(run: Config, *, measure: bool) -> Forecast:
+    """Plans a run with a progress bar and says what it will take."""
+    from sdlora import plan as story
+    from sdlora import prepare
+
+    with progress(quiet=not is_first()) as bar:
+        made: Forecast = bar.run("trying some steps", story.plan(prepare.linked_run(run).run, measure=measure))
+        for line in made.lines():
+            bar.print(line)
+    return made
+
+
+def train_one(run: Config, folder: Path, *, allow_changes: bool) -> Path:
+    """One run of several: begun in its folder, or gone on with there."""
+    from sdlora import run_folder
+
+    return follow(run, folder, resume=run_folder.is_unfinished(folder), allow_changes=allow_changes)
 
 
 def is_first() -> bool:
@@ -78,7 +123,7 @@ def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
     return folders[free], False
 
 
-def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False) -> Path:
+def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False, forecast: Forecast | None = None) -> Path:
     """Runs the training with a progress bar.
 
     Returns:
@@ -96,7 +141,7 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
         run_folder.check_free(folder)
     with progress(quiet=quiet) as bar, signals_ask_to_stop(folder) as signals:
         bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
-        for event in story.train(run, folder, resume=resume, allow_changes=allow_changes):
+        for event in story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=forecast.row() if forecast else None):
             signals.begun = signals.begun or isinstance(event, events.Started)
             path = show(event, run, bar)
             if path:
@@ -141,6 +186,10 @@ def show(event: object, run: Config, bar: Bars) -> Path | None:
             bar.print(f"Warning: {words}")
         case events.Stopped(step, path):
             bar.print(f"Stopped after step {step}; the LoRA so far is {path}, and the same command goes on")
+        case events.Proving(done, total):
+            bar.show("drawing the comparison", done, total)
+        case events.Reported(path, verdict):
+            bar.print(f"{verdict}\nThe report: {path}".strip())
         case events.Done(path):
             return path
     return None

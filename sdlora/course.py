@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from sdlora import (
     averaging,
     base_model,
     checkpoint,
+    memory,
     optimizer,
     pausing,
     prepare,
     processes,
+    proof,
     result,
     resuming,
     run_folder,
@@ -35,8 +37,10 @@ from sdlora import (
     validation,
 )  # fmt: skip
 from sdlora.config import Config
-from sdlora.events import Continued, Done, Event, Paused, Saved, Started, Validated
+from sdlora.errors import UserError
+from sdlora.events import Alarm, Continued, Done, Event, Paused, Proving, Saved, Started, Step, Stopped, Validated
 from sdlora.prepare import Prepared
+from sdlora.watch import Watch
 
 LOOK_BATCH = 8  # pairs per forward pass without gradients
 
@@ -54,6 +58,7 @@ class Course:
     average: list[Tensor]
     alphas: Tensor
     facts: dict[str, Any]
+    watch: Watch
 
 
 def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerator) -> Course:
@@ -65,10 +70,15 @@ def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerat
     facts = resuming.facts(run, base, ready.data.samples, ready.apart)
     processes.agree(json.dumps(facts, sort_keys=True, default=str), what="config, base or set of pictures")
     base_model.set_training(base, True)
-    return Course(run, folder, ready, accelerator, mover, trainable, average, base.alphas, facts)
+    if run.trackers:
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.init_trackers(
+            run.name, config={key: value for key, value in resuming.flat(facts["config"]).items() if not isinstance(value, list)}
+        )
+    return Course(run, folder, ready, accelerator, mover, trainable, average, base.alphas, facts, Watch(device=base.device))
 
 
-def begun(go: Course, *, resume: bool, allow_changes: bool) -> Generator[Event, None, int]:
+def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[str, Any] | None = None) -> Generator[Event, None, int]:
     """Puts the newest state back, if the run goes on; makes the folder ready, and looks at what is drawn before the first step.
 
     Returns:
@@ -85,8 +95,15 @@ def begun(go: Course, *, resume: bool, allow_changes: bool) -> Generator[Event, 
         if go.accelerator.scaler and "scaler" in state.facts:
             go.accelerator.scaler.load_state_dict(state.facts["scaler"])
         step = state.step
+        if step > run.steps:
+            raise UserError(f"The run has taken {step} steps, more than {run.steps}; raise steps, or start anew with --out FOLDER.")
     if processes.is_first():
         run_folder.begin(go.folder, run, step=step)
+        if state:  # a killed run may have had no time for it
+            notes += checkpoint.tidy(run_folder.states_path(go.folder), keep_last=run.keep_last, keep_every=run.keep_every)
+        if forecast:
+            run_folder.log(go.folder, event="forecast", **forecast)
+            go.watch.forecast_s = forecast.get("step_s")
     parameters = sum(weight.numel() for weight in go.trainable)
     held_out = len(go.ready.apart)
     limits = tuple(adapters.limits(base, run))
@@ -107,24 +124,58 @@ def asked(go: Course, request: str) -> bool:
     return processes.is_first() and run_folder.is_asked(go.folder, request)
 
 
-def noted(go: Course, event: Event) -> Event:
-    """Writes an event into the metrics, if this is the process that writes."""
+def noted(go: Course, event: Event, **more: Any) -> Event:
+    """Writes an event, with `more` beside it, into the metrics, if this is the process that writes."""
     if processes.is_first():
         run_lock.beat(go.folder)
-        run_folder.log(go.folder, **run_folder.event_row(event, go.folder))
+        run_folder.log(go.folder, **run_folder.event_row(event, go.folder), **more)
+    if go.run.trackers and (told := numbers(event)):
+        go.accelerator.log(told, step=getattr(event, "step", None))
     return event
+
+
+@contextmanager
+def failures_noted(go: Course) -> Iterator[None]:
+    """What ends the run before its end is noted for whoever reads the folder."""
+    try:
+        yield
+    except UserError as problem:
+        if processes.is_first():
+            with suppress(UserError):  # the disk may be what has failed
+                run_folder.log(go.folder, event="failed", words=str(problem))
+        raise
+
+
+def watched(go: Course, taken: Step) -> Iterator[Event]:
+    """An alarm when steps become much slower than they were, or memory spills."""
+    if words := go.watch.after(taken.step_s):
+        yield noted(go, Alarm(taken.step, words))
+
+
+def numbers(event: Event) -> dict[str, float]:
+    """What a tracker is told of an event."""
+    if isinstance(event, Step):
+        return {"train/loss": event.loss, "train/rate": event.rate, "train/step_s": event.step_s}
+    if isinstance(event, Validated):
+        own = {"held_out/seen_loss": event.seen_loss, "held_out/drift": event.drift}
+        return own | ({} if event.loss is None else {"held_out/loss": event.loss})
+    return {}
 
 
 def looked(go: Course, step: int) -> Iterator[Event]:
     """Scores held-out pictures and draws the sample prompts when due: at step 0, at the end, and what an earlier start still owes."""
     if not processes.is_first():
         return
-    run, wanted, done = go.run, asked(go, "sample"), {row["event"] for row in run_folder.rows(go.folder) if row.get("step") == step}
-    if go.ready.exam and owed(prepare.every(run), step, run) and "validated" not in done:
+    run, wanted = go.run, asked(go, "sample")
+    scoring, drawing = go.ready.exam is not None and owed(prepare.every(run), step, run), owed(run.sample_every, step, run)
+    if not (scoring or drawing or wanted):  # most steps: the metrics grow with the run and are not read at each
+        return
+    done = {row["event"] for row in run_folder.rows(go.folder) if row.get("step") == step}
+    if go.ready.exam and scoring and "validated" not in done:
         with speaking(go.mover, go.trainable, go.average):
             scores = validation.score(go.ready.base, go.ready.exam, batch=max(run.batch, LOOK_BATCH))
         yield noted(go, Validated(step, **asdict(scores)))
-    if wanted or (owed(run.sample_every, step, run) and "sampled" not in done):
+    if wanted or (drawing and "sampled" not in done):
         words, heard = samples.prompts(run, go.ready.data), go.ready.speech.states is None
         with speaking(go.mover, go.trainable, go.average):
             sampled = samples.draw(go.ready.base, words, go.folder, seed=run.seed, step=step, keep_text=heard)
@@ -141,15 +192,18 @@ def kept(go: Course, step: int) -> Iterator[Event]:
     """Saves: the LoRA as a file, then the state to go on from, and only then are older states deleted."""
     if not processes.is_first():
         return
-    run, states = go.run, run_folder.states_path(go.folder)
+    run, states, told = go.run, run_folder.states_path(go.folder), list[Event]()
+    scaler = {"scaler": go.accelerator.scaler.state_dict()} if go.accelerator.scaler else {}
+    state = resuming.snapshot(go.ready.base, go.mover, go.average, step=step, facts=go.facts | scaler)  # first: it refuses broken numbers
     if step < run.steps:
         path = run_folder.checkpoint_path(go.folder, run.name, step)
         with speaking(go.mover, go.trainable, go.average):
             result.save(go.ready.base, run, path, step=step, data=go.ready.data)
-        yield noted(go, Saved(step, path))
-    scaler = {"scaler": go.accelerator.scaler.state_dict()} if go.accelerator.scaler else {}
-    checkpoint.write(states, resuming.snapshot(go.ready.base, go.mover, go.average, step=step, facts=go.facts | scaler))
-    checkpoint.tidy(states, keep_last=run.keep_last, keep_every=run.keep_every)
+        told.append(noted(go, Saved(step, path), peak_bytes=memory.peak_bytes(go.ready.base.device)))
+    checkpoint.write(states, state)  # last: whoever goes on from it finds all else of its step
+    yield from told
+    for words in checkpoint.tidy(states, keep_last=run.keep_last, keep_every=run.keep_every):
+        yield noted(go, Alarm(step, words))
     run_folder.forget(go.folder, "save")
 
 
@@ -160,18 +214,33 @@ def waited(go: Course, step: int) -> Iterator[Event]:
         while run_folder.is_asked(go.folder, "pause") and not run_folder.is_asked(go.folder, "stop"):
             run_lock.beat(go.folder)
             time.sleep(pausing.LOOK_S)
-    yield noted(go, Continued(step))
+    if not run_folder.is_asked(go.folder, "stop"):
+        yield noted(go, Continued(step))
+
+
+def is_stopping(go: Course) -> bool:
+    """Whether a run of one process is asked to end; several hear of it with the next step, together."""
+    return processes.count() == 1 and run_folder.is_asked(go.folder, "stop")
+
+
+def stopped(go: Course, step: int) -> Iterator[Event]:
+    """The end before the end; all is saved."""
+    yield noted(go, Stopped(step, run_folder.checkpoint_path(go.folder, go.run.name, step)))
+    run_folder.forget(go.folder, "stop")
 
 
 def finished(go: Course, began: float) -> Iterator[Event]:
-    """The LoRA file and its sidecars."""
+    """The LoRA file, its sidecars, and what the run proves."""
     run, path = go.run, run_folder.result_path(go.folder, go.run.name)
     if processes.is_first():
         with speaking(go.mover, go.trainable, go.average):
             result.save(go.ready.base, run, path, step=run.steps, data=go.ready.data)
         if run.output.sidecars:
             result.write_sidecars(go.ready.base, run, path, preview=run_folder.newest_sample(go.folder))
-        yield noted(go, Saved(run.steps, path))
+        yield noted(go, Saved(run.steps, path), peak_bytes=memory.peak_bytes(go.ready.base.device))
+        if run.report:
+            for event in proof.proof(run, go.folder, go.ready):
+                yield event if isinstance(event, Proving) else noted(go, event)
     processes.wait()
     yield noted(go, Done(path, time.monotonic() - began))
 

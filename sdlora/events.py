@@ -118,8 +118,16 @@ class Alarm:
 
 
 @dataclass(frozen=True)
+class Proving:
+    """A picture of the comparison sheet was drawn."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Reported:
-    """The report was written."""
+    """The report was written; `verdict` says which checkpoint to use, in a sentence."""
 
     path: Path
     verdict: str
@@ -155,6 +163,7 @@ Event = (
     | Paused
     | Alarm
     | Stopped
+    | Proving
     | Reported
     | Done
 )

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -26,14 +27,21 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # how long the others wait while the first draws pictures or is paused; a lost process is noticed at once
 
 
-def start(mixed_precision: str) -> Accelerator:
-    """Joins the processes that a launcher started, each with its own GPU; for one that nobody launched, only the loss scaler of fp16.
+def start(mixed_precision: str, *, trackers: Sequence[str] = ()) -> Accelerator:
+    """Joins the processes that a launcher started, each with its own GPU; for one alone, fp16's scaler and the trackers.
 
     Args:
         mixed_precision: accelerate's word, see `devices.mixed_precision`.
+        trackers: "tensorboard" and "wandb".
+
+    Raises:
+        UserError: if a tracker's package is not installed.
     """
+    if missing := next((name for name in trackers if find_spec(name) is None), None):
+        raise UserError(f"trackers: the package {missing} is not installed; pip install {missing}, or leave it out of the config.")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience], log_with=list(trackers) or None)
 
 
 def count() -> int:

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 # what may change without another LoRA coming out: where things lie, how often is saved and drawn, how the file is written
 FREE = {
     "base", "cache", "save_every", "keep_last", "keep_every", "sample_every", "sample_prompts", "report", "trackers", "output",
-    "validation.every", "validation.draws", "validation.most_pictures",
+    "validation.every", "validation.draws", "validation.most_pictures", "validation.folder",
 }  # fmt: skip
 FREE_OF_A_FOLDER = {"folder", "masks", "metadata"}  # which files they hold is compared by content
 NAMED = 4  # pictures in one sentence
@@ -53,7 +53,7 @@ def _told(sample: Sample) -> list[Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not as it was and would make another LoRA, in words."""
-    old, new = _flat(before["config"]), _flat(now["config"])
+    old, new = flat(before["config"]), flat(now["config"])
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     found = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed]
     if before["base"] != now["base"]:
@@ -99,12 +99,12 @@ def check(state: State, now: Mapping[str, Any], *, allow_changes: bool) -> list[
     return [*(f"Changed: {one}." for one in changed), *notes(state.facts, now)]
 
 
-def _flat(values: Any, inside: str = "") -> dict[str, Any]:
+def flat(values: Any, inside: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys."""
     if isinstance(values, dict):
-        return {key: value for name, part in values.items() for key, value in _flat(part, f"{inside}{name}.").items()}
+        return {key: value for name, part in values.items() for key, value in flat(part, f"{inside}{name}.").items()}
     if isinstance(values, list) and values and isinstance(values[0], dict):
-        return {key: value for i, part in enumerate(values) for key, value in _flat(part, f"{inside}{i}.").items()}
+        return {key: value for i, part in enumerate(values) for key, value in flat(part, f"{inside}{i}.").items()}
     return {inside.removesuffix("."): values}
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +40,21 @@ from sdlora.base_model import Base, TextStates
 from sdlora.config import Config
 from sdlora.course import Course
 from sdlora.errors import UserError
-from sdlora.events import Event, Step, Stopped
+from sdlora.events import Event, Step
 from sdlora.latents import Latents
 from sdlora.prepare import Prepared, Speech
 
 
-def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False) -> Iterator[Event]:
+def train(
+    run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False, forecast: Mapping[str, Any] | None = None
+) -> Iterator[Event]:
     """Trains a LoRA as `run` says and leaves everything in `folder`.
 
     Args:
         run: what it does not set is linked to what it does, see `linked`.
         resume: goes on with the run that the folder holds, from its newest good state, as if it had never stopped.
         allow_changes: even if the config or the pictures are not as they were.
+        forecast: `Forecast.row()`, if the run was forecast; the report compares it with what happened.
 
     Yields:
         Checking per picture and Checked, Drawing, Encoding per view of a picture, Started, Continued if resumed, then Step, Sampled, Saved
@@ -64,22 +68,33 @@ def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: boo
     optimizer.check_schedule(run.optimizer.name, run.optimizer.schedule)
     device = devices.best_device()
     dtype = devices.base_dtype(device, run.precision)
-    accelerator = processes.start(devices.mixed_precision(dtype))
+    accelerator = processes.start(devices.mixed_precision(dtype), trackers=run.trackers)
     folder, resume = processes.from_first((folder, resume))
     with run_folder.opened(folder, resume=resume) if processes.is_first() else nullcontext():
         found = materials.find_or_refuse(run)
         with processes.first_goes_first():
             ready = yield from prepare.prepare(run, found, folder, device=device, dtype=dtype)
         go = course.assembled(run, folder, ready, accelerator)
-        step = yield from course.begun(go, resume=resume, allow_changes=allow_changes)
+        step = yield from course.begun(go, resume=resume, allow_changes=allow_changes, forecast=forecast)
+        yield from steps(go, step, began)
+
+
+def steps(go: Course, step: int, began: float) -> Iterator[Event]:
+    """All steps after one, and what happens between them.
+
+    Args:
+        began: when the run did, by `time.monotonic`.
+    """
+    run = go.run
+    with course.failures_noted(go):
         while step < run.steps:
             step += 1
             taken, stopping = take_step(go, step)
             yield course.noted(go, taken)
-            if (stopping or (processes.count() == 1 and run_folder.is_asked(folder, "stop"))) and step < run.steps:
+            yield from course.watched(go, taken)
+            if (stopping or course.is_stopping(go)) and step < run.steps:
                 yield from course.kept(go, step)
-                yield course.noted(go, Stopped(step, run_folder.checkpoint_path(folder, run.name, step)))
-                run_folder.forget(folder, "stop")
+                yield from course.stopped(go, step)
                 return
             yield from course.looked(go, step)
             pausing = course.asked(go, "pause") and step < run.steps
@@ -87,6 +102,9 @@ def train(run: Config, folder: Path, *, resume: bool = False, allow_changes: boo
                 yield from course.kept(go, step)
             if pausing:
                 yield from course.waited(go, step)
+                if course.is_stopping(go):  # saved before it waited
+                    yield from course.stopped(go, step)
+                    return
         yield from course.finished(go, began)
 
 

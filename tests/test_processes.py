@@ -28,6 +28,7 @@ accumulation = 2
 text_encoder_learning_rate = 1e-3
 [lora]
 rank = 2
+targets = "attn"
 text_encoder = true
 rank_dropout = 0.2
 """
@@ -56,7 +57,11 @@ def launched(configs: list[Path], out: Path) -> list[subprocess.Popen[str]]:
 
 def ended(children: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit codes, and what each said and complained."""
-    said = [child.communicate(timeout=240) for child in children]
+    try:
+        said = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
     return [(child.returncode, out, err) for child, (out, err) in zip(children, said, strict=True)]
 
 
@@ -129,7 +134,7 @@ def test_a_lost_process_is_said_at_once_and_the_run_goes_on_exactly(runs: dict[i
 
 def test_processes_that_were_given_different_runs_are_refused(shared_config: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
-    other.write_text(shared_config.read_text().replace("rank = 2", "rank = 2\nalpha = 3.0"))
+    other.write_text(shared_config.read_text().replace("rank = 2\n", "rank = 2\nalpha = 3.0\n"))
     results = ended(launched([shared_config, other], tmp_path / "run"))
     assert [code for code, _, _ in results] == [2, 2]
     assert "Process 2 of 2 has another config, base or set of pictures than the first" in results[0][2]

@@ -15,7 +15,9 @@ def run_config(tiny: Path, pictures: Path, **changes: Any) -> config.Config:
     values = {"base": str(tiny), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "steps": 6, "batch": 2}
     values |= {"save_every": 3, "sample_every": 3, "sample_prompts": ["a cup"], "lora": {"rank": 2, "alpha": 2.0}}
     values |= {"validation": {"every": 0}, "report": False}
-    return config.parse(values | changes, where="test")
+    values |= changes
+    values["lora"] = {"targets": "attn"} | values["lora"]
+    return config.parse(values, where="test")
 
 
 def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What a run proves at its end: which checkpoint to use, how strongly and why, the sheet that shows it, and the report.
+
+The run is over: its adapters fall silent, and checkpoints are read back from their files, as every other tool will read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from sdlora import base_model, compare, files, generate, images, lora, report, run_folder, samples, validation, verdict
+from sdlora.base_model import Base
+from sdlora.compare import Column
+from sdlora.config import Config
+from sdlora.events import Event, Proving, Reported, Validated
+from sdlora.generate import LoRA, Request
+from sdlora.prepare import Prepared
+from sdlora.verdict import Verdict
+
+PROMPTS = 3  # rows of the sheet at most
+BESIDE = (0.6, 0.8, 1.0)  # strengths of the recommended checkpoint that are shown beside the recommended one
+PAIRS = 8  # per forward pass
+
+
+def proof(run: Config, folder: Path, ready: Prepared) -> Iterator[Event]:
+    """Judges the checkpoints, draws the sheet, and writes the report.
+
+    Yields:
+        Proving per picture of the sheet, and Reported.
+
+    Raises:
+        UserError: if something cannot be written.
+    """
+    base = ready.base
+    base_model.set_training(base, False)
+    silence(base)
+    found = judged(run, folder, ready)
+    sheet = folder / "compare.png" if run.sample_every else None
+    if sheet:
+        requests = [Request(words, seed=run.seed + i) for i, words in enumerate(samples.prompts(run, ready.data)[:PROMPTS])]
+        for item in compare.draw(base, requests, columns(run, folder, found)):
+            if isinstance(item, tuple):
+                yield Proving(*item)
+            else:
+                files.write(sheet, images.png_bytes(item))
+    path = report.write(folder, verdict=found, sheet=sheet)
+    yield Reported(path, f"{found.reason} {found.warning}".strip() if found else "")
+
+
+def judged(run: Config, folder: Path, ready: Prepared) -> Verdict | None:
+    """The verdict on all checkpoints that were looked at, left in `verdict.json`; None if none was."""
+    looks = looked_at(folder)
+    saved = {look.step for look in looks if look.step and file_of(run, folder, look.step).is_file()}
+    if not ready.exam or not saved:
+        return None
+    file = file_of(run, folder, verdict.recommended(looks, saved=saved))
+    generate.load_lora(ready.base, LoRA(file))
+    strengths = validation.losses_at_strengths(ready.base, ready.exam, batch=PAIRS)
+    found = verdict.verdict(looks, strengths=strengths, saved=saved)
+    silence(ready.base)
+    told = asdict(found) | {"path": str(file.relative_to(folder)), "trigger": run.trigger}
+    files.write(folder / "verdict.json", json.dumps(told, indent=2, ensure_ascii=False).encode())
+    return found
+
+
+def silence(base: Base) -> None:
+    """Nothing but the base answers."""
+    for part in base.parts.values():
+        lora.silence(part)
+
+
+def looked_at(folder: Path) -> list[Validated]:
+    """All looks of a run in the order of their steps."""
+    rows = {row["step"]: row for row in run_folder.rows(folder) if row["event"] == "validated"}
+    return [Validated(step, row["loss"], row["seen_loss"], tuple(row["bands"]), row["drift"]) for step, row in sorted(rows.items())]
+
+
+def file_of(run: Config, folder: Path, step: int) -> Path:
+    """The LoRA file of a step; that of the last is the result."""
+    return run_folder.result_path(folder, run.name) if step == run.steps else run_folder.checkpoint_path(folder, run.name, step)
+
+
+def columns(run: Config, folder: Path, found: Verdict | None) -> list[Column]:
+    """No LoRA, the recommended checkpoint at several strengths, and the first and the last at the recommended one."""
+    best, strength = (found.step, found.strength) if found else (run.steps, 1.0)
+    saved = sorted(int(path.stem.rpartition("-")[2]) for path in (folder / "checkpoints").glob(f"{run.name}-*.safetensors"))
+    steps = sorted({best, *saved[:1], run.steps})
+    across = [Column("no LoRA")]
+    for step in steps:
+        for value in sorted({strength, *BESIDE}) if step == best else [strength]:
+            star = " ★" if (step, value) == (best, strength) else ""
+            across.append(Column(f"step {step}{star}\nstrength {value:g}", (LoRA(file_of(run, folder, step), value),)))
+    return across
