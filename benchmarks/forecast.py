@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from sdlora import config, devices, events, memory, plan, train, trial
+from sdlora import config, devices, events, memory, plan, train, trial_process
 from sdlora.forecast import Forecast
 
 
@@ -51,7 +51,7 @@ def main() -> None:
 
 def forecast(run: config.Config, *, work: bool) -> Forecast:
     """What `sdlora plan` says."""
-    *_, told = plan.plan(run, attempt=partial(trial.tried, work=work))
+    *_, told = plan.plan(run, attempt=partial(trial_process.tried, work=work))
     assert isinstance(told, Forecast)
     return told
 
@@ -67,7 +67,7 @@ def happened(run: config.Config, folder: Path, *, work: bool) -> dict[str, Any]:
         last = now()
     total = now() - born
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"step_s": statistics.median(each), "total_s": total, "peak_bytes": memory.peak_bytes(devices.best_device()), "disk_bytes": size}
+    return {"step_s": statistics.fmean(each), "total_s": total, "peak_bytes": memory.peak_bytes(devices.best_device()), "disk_bytes": size}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdlora import prepare
+from sdlora import prepare, proof, validation
 from sdlora.amounts import duration, size
 from sdlora.config import Config
 from sdlora.counts import StepCost
@@ -162,6 +162,7 @@ def seconds(run: Config, scope: Scope, counted: Counted, measured: Measured, *, 
         "samples": measured.picture_s * looks(run.steps, run.sample_every) * sample_count(run),
         "validation": measured.forward_s * forwards(run, scope),
         "saving": save_s * saves(run),
+        "report": measured.picture_s * sheet_count(run) + measured.forward_s * strengths(run, scope),
     }
 
 
@@ -182,9 +183,27 @@ def sample_count(run: Config) -> int:
 
 def forwards(run: Config, scope: Scope) -> int:
     """Forward passes of one picture for all looks: each pair once, and for drift every other that is trained on with and without LoRA."""
-    held = min(scope.held_out, run.validation.most_pictures)
-    seen = min(scope.pictures, held or prepare.ASKED)
+    held, seen = subjects(run, scope)
     return looks(run.steps, prepare.every(run)) * run.validation.draws * (held + 2 * seen)
+
+
+def subjects(run: Config, scope: Scope) -> tuple[int, int]:
+    """Pictures that are looked at: held out, and trained on."""
+    held = min(scope.held_out, run.validation.most_pictures)
+    return held, min(scope.pictures, held or prepare.ASKED)
+
+
+def sheet_count(run: Config) -> int:
+    """Pictures of the report's sheet: without LoRA, the best file at four strengths, and if it is not alone another file."""
+    if not (run.report and run.sample_every):
+        return 0
+    return min(sample_count(run), proof.PROMPTS) * (1 + len(proof.BESIDE) + 1 + (saves(run) > 1))
+
+
+def strengths(run: Config, scope: Scope) -> int:
+    """Forward passes of one picture by which the report chooses a strength."""
+    held, seen = subjects(run, scope)
+    return len(validation.STRENGTHS) * run.validation.draws * (held or seen) if run.report and prepare.every(run) else 0
 
 
 def run_bytes(run: Config, scope: Scope, counted: Counted, measured: Measured | None) -> dict[str, int]:
@@ -192,9 +211,11 @@ def run_bytes(run: Config, scope: Scope, counted: Counted, measured: Measured | 
     halves = 4 if run.output.dtype == "fp32" else 2
     lora_bytes = measured.lora_bytes if measured else counted.parameters * halves
     states = min(saves(run), run.keep_last) + (run.steps // run.keep_every if run.keep_every else 0)
-    pictures = looks(run.steps, run.sample_every) * sample_count(run)
+    each = measured.picture_bytes if measured else 0
+    drawn, sheet = looks(run.steps, run.sample_every) * sample_count(run), sheet_count(run)
     return {
         "LoRA files": lora_bytes * saves(run),
         "states": counted.trained_bytes * states,
-        "samples": (measured.picture_bytes if measured else 0) * pictures,
+        "samples": each * drawn,
+        "report": each * (sheet + (sheet + drawn) * 4 // 3) if run.report else 0,  # the sheet, and a page that holds all pictures in base64
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
-from sdlora import adapters, base_model, config, counts, devices, excerpt, memory, optimizer, prepare, text, trial
+from sdlora import adapters, base_model, config, counts, devices, excerpt, memory, optimizer, prepare, text, trial_process
 from sdlora import material as materials
 from sdlora.base_model import Base
 from sdlora.config import Config
@@ -32,19 +32,19 @@ Attempt = Callable[..., Iterator[Progress | Measured]]
 
 
 def plan(
-    run: Config, *, measure: bool = True, memory_limit_bytes: int | None = None, attempt: Attempt = trial.tried
+    run: Config, *, measure: bool = True, memory_limit_bytes: int | None = None, attempt: Attempt = trial_process.tried
 ) -> Iterator[Progress | Forecast]:
     """Forecasts a run: (done, total) of each trial, and at the end the forecast.
 
     Args:
         measure: whether the device is tried; else all is counted, and there are no times.
         memory_limit_bytes: what the run may take; what is free if not given.
-        attempt: tries a config, as `trial.tried` does.
+        attempt: tries a config, as `trial_process.tried` does.
 
     Raises:
         UserError: if the data or the base cannot be used, or no settings fit.
     """
-    device = devices.best_device()
+    device, run = devices.best_device(), prepare.linked_run(run).run
     limit = memory.free_bytes(device) if memory_limit_bytes is None else memory_limit_bytes
     reasons, least = list[str](), math.inf
     for changes in ({}, *easings(run, device)):

@@ -1,25 +1,19 @@
-"""A few steps of a run, taken and measured in a process of their own before the run is begun.
+"""A few steps of a run, taken and measured before the run is begun.
 
-A fresh process, because what counts on a CPU is the memory of the whole process, libraries and all, and because a trial that does not fit
-takes nobody with it. It does what the run will do, in the run's order and with the run's own functions, on a few of its pictures: opens
-the base, encodes, draws, takes a step or more of each training size, looks, writes. It writes into a temporary folder alone: the run
-folder is not touched, and the cache is read, never filled.
+It does what the run will do, in the run's order and with the run's own functions, on a few of its pictures: opens the base, encodes, draws,
+takes a step or more of each training size, looks, writes, and draws with what it has written. It writes into a temporary folder alone: the
+run folder is not touched, and the cache is read, never filled. What it finds of memory is only true in a fresh process, `trial_process`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import tomllib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import torch
@@ -31,7 +25,6 @@ from sdlora import (
     averaging,
     base_model,
     cache,
-    config,
     devices,
     excerpt,
     generate,
@@ -45,7 +38,6 @@ from sdlora import (
 from sdlora import material as materials
 from sdlora.base_model import Base
 from sdlora.config import Config
-from sdlora.errors import UserError
 from sdlora.excerpt import Kind
 from sdlora.latents import Latents
 from sdlora.material import Found, Material
@@ -56,7 +48,6 @@ DRAW_STEPS = 3  # of a sample picture; the first is warm-up
 ENOUGH_S = 3.0  # of repeated batches per training size
 MOST_REPEATS = 20
 SLOW_S = 10.0  # a batch that takes longer is measured once
-KILLED = -9  # how a process ends that the system takes when memory is short
 
 
 class TooLargeError(Exception):
@@ -256,7 +247,7 @@ def _stepped(
     while len(batch_s) < 2 or (batch_s[-1] < SLOW_S and len(batch_s) <= MOST_REPEATS and sum(batch_s[1:]) < ENOUGH_S):
         loss = excerpt.loss(run, steps, kind, alphas)
         loss.backward()  # type: ignore[no-untyped-call]
-        float(loss)
+        float(loss.detach())  # waits for the device
         batch_s.append(clock.lap())
         nn.utils.clip_grad_norm_(trainable, run.optimizer.clip_norm or math.inf)
         mover.step()
@@ -293,83 +284,19 @@ def _drawn(run: Config, base: Base, data: Material, clock: Clock, *, keep_text: 
 
 
 def _saved(run: Config, base: Base, data: Material, clock: Clock) -> tuple[float, int]:
-    """Seconds of writing the LoRA file, and its bytes."""
+    """Seconds of writing the LoRA file, and its bytes; where the run will end with a sheet, the file is also drawn with."""
     with tempfile.TemporaryDirectory() as folder:
         clock.lap()
         path = result.save(base, run, Path(folder) / "trial.safetensors", step=1, data=data)
-        return clock.lap(), path.stat().st_size
+        save_s, lora_bytes = clock.lap(), path.stat().st_size
+        if run.report and run.sample_every:
+            _shown(run, base, data, path)
+    return save_s, lora_bytes
 
 
-# --- in a process of its own --------------------------------------------------------------------------------------------------
-
-
-def tried(run: Config, *, memory_limit_bytes: int | None = None, work: bool = False) -> Iterator[Progress | Measured]:
-    """`measure` in a fresh process; the arguments are the same.
-
-    Raises:
-        UserError, TooLargeError: as `measure`; a process that the system ended was too large.
-    """
-    asked = json.dumps({"config": config.to_toml(run), "memory_limit_bytes": memory_limit_bytes, "work": work})
-    command = [sys.executable, "-m", "sdlora.trial"]
-    with tempfile.TemporaryFile("w+") as said:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as child:
-            answer = yield from _followed(child, asked)
-        said.seek(0)
-        yield understood(answer, child.returncode, said.read())
-
-
-def _followed(child: subprocess.Popen[str], asked: str) -> Generator[Progress, None, dict[str, Any]]:
-    """Asks a child, passes its progress on, and returns its answer; it ends with whoever asked."""
-    assert child.stdin
-    assert child.stdout
-    answer: dict[str, Any] = {}
-    try:
-        child.stdin.write(asked)
-        child.stdin.close()
-        for line in child.stdout:
-            answer = json.loads(line)
-            if "done" in answer:
-                yield answer["done"], answer["total"]
-    except GeneratorExit:
-        child.kill()
-        raise
-    return answer
-
-
-def understood(answer: dict[str, Any], code: int, said: str) -> Measured:
-    """What a child found.
-
-    Args:
-        answer: its last line.
-        code: with which it ended, negative for a signal.
-        said: on its standard error.
-
-    Raises:
-        UserError, TooLargeError: if the child says so, or the system ended it.
-    """
-    if "refused" in answer:
-        raise UserError(answer["refused"])
-    if answer.get("too_large") or code == KILLED:
-        raise TooLargeError
-    if "measured" not in answer:
-        raise RuntimeError(f"the trial ended with code {code} and said: {said[-2000:]}")
-    values = answer["measured"]
-    batches = tuple(BatchTime(**one | {"shape_px": tuple(one["shape_px"])}) for one in values["batches"])
-    return Measured(**values | {"batches": batches})
-
-
-def main() -> None:
-    """Reads a config from the standard input and writes one line of JSON for each thing that `measure` yields."""
-    asked = json.loads(sys.stdin.read())
-    try:
-        run = config.parse(tomllib.loads(asked["config"]), where="plan")
-        for one in measure(run, memory_limit_bytes=asked["memory_limit_bytes"], work=asked["work"]):
-            print(json.dumps({"measured": asdict(one)} if isinstance(one, Measured) else {"done": one[0], "total": one[1]}), flush=True)
-    except UserError as problem:
-        print(json.dumps({"refused": str(problem)}), flush=True)
-    except TooLargeError:
-        print(json.dumps({"too_large": True}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def _shown(run: Config, base: Base, data: Material, path: Path) -> None:
+    """A step of a picture with a LoRA file, for its memory: the base's own weights are kept beside those with the LoRA in them."""
+    base_model.set_training(base, False)
+    generate.set_loras(base, [generate.LoRA(path)])
+    for _ in generate.picture(base, generate.Request(samples.prompts(run, data)[0], steps=1)):
+        pass
