@@ -188,7 +188,6 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) 
         if not _is_done(job, folder):
             train_one(job.config, folder)
             if run_folder.is_asked(folder, "stop"):  # too late for this run, which had taken its last step, but not for the queue
-                run_folder.forget(folder, "stop")
                 code = ENDED
     except UserError as problem:
         state, words, code = "failed", str(problem), 2
