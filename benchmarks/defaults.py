@@ -1,10 +1,10 @@
-"""What each default does to the result: `python -m benchmarks.defaults --kind style|character --out FOLDER [--seeds 5] [--only NAME]`.
+"""What each default does to the result: `python -m benchmarks.defaults --kind style|character --out FOLDER [--jobs 1] [--only NAME]`.
 
 Every row trains the example config with one setting changed and all else equal: steps, rank, rates, pictures, and by seed the same
 batches and noise. The score is the world's own (`sdlora.mini.evaluate`, 0 to 100): for a style the share of pictures that are in the
 style and show what was asked for, all three; for a character the share in which it is shown when called less the share in which it is
-shown when not. Prompts were never seen, and each seed has its own. Few steps keep scores away from 100, where nothing could help.
-Each finished run is a JSON in FOLDER and is not run again; the table holds what is there, compared seed by seed.
+shown when not. Prompts were never seen, and each seed draws them from its own noise. Few steps keep scores away from 100, where nothing
+could help. Each finished run is a JSON in FOLDER and is not run again; the table holds what is there, compared seed by seed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from sdlora import base_files, captions, config, files, generate, train
+from sdlora import base_files, captions, config, devices, files, generate, train
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.events import Done
@@ -112,7 +113,8 @@ def measure(kind: str, variant: Variant, *, seed: int, steps: int, count: int, s
         *_, done = train.train(run, Path(folder) / "run")
         assert isinstance(done, Done)
         trained_s = time.perf_counter()
-        base = base_files.load(run.base, device=torch.device("cpu"), dtype=torch.float32)
+        device = devices.best_device()
+        base = base_files.load(run.base, device=device, dtype=devices.base_dtype(device))
         generate.set_loras(base, [LoRA(done.path)])
         found = SCORES[kind](base, run, Request("", seed=1000 * (seed + 1), steps=sampler_steps), count)
     return found | {"train_s": trained_s - began_s, "judge_s": time.perf_counter() - trained_s}
@@ -175,16 +177,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="prompts per run")
     parser.add_argument("--sampler-steps", type=int, default=10)
     parser.add_argument("--only", choices=tuple(VARIANTS), action="append", help="this row; may be given again")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; set OMP_NUM_THREADS=1")
     options = parser.parse_args()
-    judged = {"count": options.count, "sampler_steps": options.sampler_steps}
-    for seed in range(options.seeds):
-        for name in options.only or VARIANTS:
-            path = path_of(options.out, options.kind, name, seed, steps=options.steps)
-            if path.is_file():
-                continue
-            figures = measure(options.kind, VARIANTS[name], seed=seed, steps=options.steps, **judged)
-            files.write(path, (json.dumps(judged | {"figures": figures}, indent=2) + "\n").encode())
-            print(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.1f}" for key, value in figures.items()), flush=True)
+    judged = {"steps": options.steps, "count": options.count, "sampler_steps": options.sampler_steps}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {}
+        for seed in range(options.seeds):
+            for name in options.only or VARIANTS:
+                path = path_of(options.out, options.kind, name, seed, steps=options.steps)
+                if not path.is_file():
+                    waiting[pool.submit(measure, options.kind, VARIANTS[name], seed=seed, **judged)] = (name, seed, path)
+        for done in as_completed(waiting):
+            name, seed, path = waiting[done]
+            files.write(path, (json.dumps(judged | {"figures": done.result()}, indent=2) + "\n").encode())
+            print(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.1f}" for key, value in done.result().items()), flush=True)
     found = read(options.out, options.kind, steps=options.steps, seeds=options.seeds)
     print("\n".join(table(found)) if "baseline" in found else "The baseline has not been measured yet.")
 
