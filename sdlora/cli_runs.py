@@ -166,7 +166,7 @@ def _say(words: str, leads: bool) -> None:
 
 
 def _say_ending(one: Outcome, leads: bool) -> None:
-    if one.state in ("failed", "crashed"):
+    if one.words and one.state != "not begun":
         _say(f"{one.name} {one.state}: {one.words}", leads)
     if one.trace:
         print(one.trace, file=sys.stderr)

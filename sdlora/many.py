@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sdlora import comparison, config, run_folder, runs
+from sdlora import comparison, config, prepare, run_folder, runs
 from sdlora.comparison import Outcome
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -157,15 +157,16 @@ def run(jobs: Sequence[Job], folder: Path, train_one: Callable[[Config, Path], P
         Begun before each run and its Outcome after it; at the end an Outcome for each that was not begun.
 
     Raises:
-        UserError: if the folder holds the comparison of other runs, or cannot be written.
+        UserError: if the folder holds the comparison of other runs, or one of these that is done with other settings, or cannot be written.
     """
     if writes:
         comparison.check_own(folder, [job.config.name for job in jobs])
+    finished = [_is_done(job, folder / job.config.name) for job in jobs]
     waiting = [Outcome(job.config.name, job.settings, folder / job.config.name, "not begun") for job in jobs]
     ended: list[Outcome] = []
-    for place, job in enumerate(jobs, start=1):
+    for place, (job, is_done) in enumerate(zip(jobs, finished, strict=True), start=1):
         yield Begun(place, len(jobs), job, folder / job.config.name)
-        ended.append(_outcome(job, folder / job.config.name, train_one))
+        ended.append(_outcome(job, folder / job.config.name, None if is_done else train_one))
         if writes:
             comparison.write(folder, [*ended, *waiting[place:]])
         yield ended[-1]
@@ -181,11 +182,11 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return next((codes[state] for state in ("stopped", "done", "crashed", "failed") if state in codes), 0)
 
 
-def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) -> Outcome:
+def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path] | None) -> Outcome:
     """Trains one job, unless it is done already, and says what has become of it."""
-    state, words, code, trace = "done", "", 0, ""
+    state, words, code, trace = "done", "" if train_one else "It was done already.", 0, ""
     try:
-        if not _is_done(job, folder):
+        if train_one:
             train_one(job.config, folder)
             if run_folder.is_asked(folder, "stop"):  # too late for this run, which had taken its last step, but not for the queue
                 code = ENDED
@@ -204,6 +205,6 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path]) 
 def _is_done(job: Job, folder: Path) -> bool:
     if runs.look(folder).state != "done":
         return False
-    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(job.config):
+    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(prepare.linked_run(job.config).run):
         raise UserError(f"Run folder {folder} holds a finished run with other settings; choose another with --out, or move it away.")
     return True

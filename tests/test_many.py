@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdlora import cli_runs, comparison, config, files, lora_file, many, run_folder, runs, train
+from sdlora import cli_runs, comparison, config, files, lora_file, many, prepare, run_folder, runs, train
 from sdlora.comparison import Outcome
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -125,7 +125,7 @@ def test_words_of_a_sweep_behind_the_first_are_no_configs(tmp_path: Path) -> Non
 
 def pretended(run: Config, folder: Path, *, loss: float = 0.1, drift: float = 0.02) -> Path:
     """Leaves what a finished run leaves."""
-    files.write(folder / "config.toml", config.to_toml(run).encode())
+    files.write(folder / "config.toml", config.to_toml(prepare.linked_run(run).run).encode())
     rows = [
         {"event": "started", "steps": 6, "time_s": 0.0},
         {"event": "validated", "step": 0, "loss": 9.0, "drift": 0.0},
@@ -213,17 +213,16 @@ def test_the_same_command_again_does_only_what_is_not_done(paths: list[Path], tm
     begun: list[str] = []
     found = outcomes(jobs, tmp_path, lambda run, folder: (begun.append(run.name), pretended(run, folder))[1])
     assert begun == ["vit"]
-    assert [one.state for one in found] == ["done", "done"]
+    assert [(one.state, one.words) for one in found] == [("done", "It was done already."), ("done", "")]
     assert found[0].best_loss == 0.1
 
 
-def test_a_finished_run_with_other_settings_is_neither_taken_for_it_nor_written_over(paths: list[Path], tmp_path: Path) -> None:
-    outcomes(many.expand(paths, [], []), tmp_path, pretended)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.toml")}
-    found = outcomes(many.expand(paths, ["lora.rank=3"], []), tmp_path, pretended)
-    assert [one.state for one in found] == ["failed", "failed"]
-    assert "holds a finished run with other settings" in found[0].words
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.toml")} == before
+def test_a_finished_run_with_other_settings_is_found_before_the_first_begins(paths: list[Path], tmp_path: Path) -> None:
+    outcomes(many.expand(paths, [], []), tmp_path, failing("pip-v1", UserError("later")))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"vit holds a finished run with other settings; choose another with --out"):
+        outcomes(many.expand(paths, ["lora.rank=3"], []), tmp_path, pretended)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_comparison_of_other_runs_is_not_written_over(paths: list[Path], tmp_path: Path) -> None:
