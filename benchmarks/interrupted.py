@@ -1,11 +1,10 @@
 """Whether a run that is killed at any moment and goes on ends in the same bytes as one that was never killed.
 
-    python -m benchmarks.interrupted --out FOLDER [--kills 200] [--seed 0] [--resume-everywhere]
+    python -m benchmarks.interrupted --out FOLDER [--kills 200] [--seed 0] [--steps 16] [--resume-everywhere]
 
 Each run is a forked process that dies of `kill -9`: before or after one of its own calls that change the disk (a write is cut in half),
 at one of its statements, or when some seconds have passed. The same command then goes on, in every third run only to be killed again.
 At the end every file in the run folder, the LoRA first, must be that of an unbroken run, and the metrics must tell the same story once.
-The base has random weights, 28 trained modules, and two steps cost a tenth of a second.
 """
 
 from __future__ import annotations
@@ -27,28 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging
 
-from sdlora import config, run_folder, train
+from benchmarks.smallest import STEPS, exacting, make_base, make_pictures
+from sdlora import run_folder, train
 from sdlora.config import Config
-from sdlora.mini import pretrain, world
-from sdlora.mini.tokens import build_tokenizer
 
-STEPS, SAVE_EVERY = 16, 4
-OPTIMIZER: dict[str, Any] = {
-    "learning_rate": 1e-3, "text_encoder_learning_rate": 2e-4, "schedule": "cosine", "warmup": 0.2, "ema": 0.9, "accumulation": 2,
-}  # fmt: skip
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")  # of os; opened files' writes, flushes and closing besides
 STORY = {"train", "course", "prepare", "resuming", "checkpoint", "result", "run_folder", "run_lock", "files"}  # whose statements count
 TOLD_ONCE = {"step", "validated", "sampled", "saved", "done"}  # events; how often a run began is not one
 OF_THE_MACHINE = {"time_s", "step_s", "elapsed_s", "peak_bytes"}
 AGAIN = 1 / 3  # chance that a run which goes on is killed once more
 CALLS_IN_SAVES, OTHER_CALLS, STATEMENTS = 0.5, 0.1, 0.2  # shares of the first kills; the rest are moments in time
-
-Told = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,64 +58,16 @@ class Measured:
     elapsed_s: float
 
 
-# --- what is trained ----------------------------------------------------------------------------------------------------------
-
-
-def make_base(folder: Path) -> Path:
-    """A pipeline with random weights, as small as diffusers makes it: one block down, one up, nothing between."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(folder / "words")
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
-    )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-        )
-    )  # fmt: skip
-    pretrain.export(folder / "pipeline", vae, nn.ModuleDict({"unet": unet, "text_encoder": text}), tokenizer, 0.5)
-    return folder / "pipeline"
-
-
-def make_pictures(folder: Path) -> Path:
-    """Eight pictures in two shapes: five batches of at most two, so that with steps of two batches every other epoch ends within a step."""
-    folder.mkdir(parents=True)
-    for i in range(8):
-        scene = world.training_scene(1, i)
-        picture = world.draw(scene, width_px=32)
-        (picture if i < 5 else picture.resize((24, 48))).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(", ".join(dict.fromkeys(scene.caption.split())))
-    return folder
-
-
-def exacting(base: Path, pictures: Path, **changes: Any) -> Config:
-    """A run with all that could go on wrongly: chance in captions and ranks, an average, trained text encoders, batches that add up."""
-    values: dict[str, Any] = {
-        "base": str(base), "data": str(pictures), "kind": "style", "trigger": "vitrail", "name": "tiny", "report": False, "batch": 2,
-        "steps": STEPS, "save_every": SAVE_EVERY, "keep_last": 2, "sample_every": 0, "sample_prompts": ["a cup"],
-        "validation": {"every": 2 * SAVE_EVERY, "draws": 4},
-        "optimizer": OPTIMIZER,
-        "lora": {"rank": 2, "alpha": 2.0, "targets": "attn", "text_encoder": True, "rank_dropout": 0.2},
-        "captions": {"shuffle": True, "tag_dropout": 0.2, "dropout": 0.2},
-    }  # fmt: skip
-    return config.parse(values | changes, where="interrupted")
+# --- a process that dies ------------------------------------------------------------------------------------------------------
 
 
 def go_on(run: Config, folder: Path) -> None:
     """The same command as before: begins, or goes on with what is there; a run that has come to its end is left alone."""
+    os.environ["SDLORA_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
     unfinished = run_folder.is_unfinished(folder)
     if unfinished or not (folder / "metrics.jsonl").exists():
         for _ in train.train(run, folder, resume=unfinished):
             pass
-
-
-# --- a process that dies ------------------------------------------------------------------------------------------------------
 
 
 def forked(work: Callable[[int], None], *, kill_after_s: float | None = None) -> tuple[bool, str]:
@@ -254,7 +195,6 @@ def attempt(run: Config, folder: Path, moment: Moment | None) -> tuple[bool, str
     """Trains in a process of its own, in an own cache beside the run folder, and kills it at a moment, if it lives so long."""
 
     def work(tell: int) -> None:
-        os.environ["SDLORA_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
         count = counted(tell, moment)
         if moment and moment.kind == "call":
             watch_calls(folder, count)
@@ -278,7 +218,7 @@ def reached(folder: Path) -> str:
 def measured(run: Config, folder: Path) -> Measured:
     """What an unbroken run does, seen three times; its folder stays for comparison."""
     began = time.monotonic()
-    forked(lambda tell: attempt_here(run, folder))
+    forked(lambda _: go_on(run, folder))
     elapsed_s = time.monotonic() - began
     seen = []
     for name, watch in (("calls", lambda where, count: watch_calls(where, count)), ("lines", lambda _, count: watch_statements(count))):
@@ -286,18 +226,12 @@ def measured(run: Config, folder: Path) -> Measured:
 
         def work(tell: int, other: Path = other, watch: Callable[..., None] = watch) -> None:
             watch(other, counted(tell, None, list_all=True))
-            attempt_here(run, other)
+            go_on(run, other)
 
         seen.append(forked(work)[1].splitlines())
         if found := differences(other, folder):
             raise SystemExit(f"Two unbroken runs differ: {', '.join(found)}")
     return Measured(seen[0], seen[1], elapsed_s)
-
-
-def attempt_here(run: Config, folder: Path) -> None:
-    """Trains in this process, in an own cache beside the run folder."""
-    os.environ["SDLORA_CACHE"] = str(folder.with_name(f"{folder.name}-cache"))
-    go_on(run, folder)
 
 
 def differences(folder: Path, unbroken: Path) -> list[str]:
@@ -313,7 +247,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def story(folder: Path) -> list[Told]:
+def story(folder: Path) -> list[dict[str, Any]]:
     """What the metrics tell of the run, not of the machine."""
     rows = [row for row in run_folder.rows(folder) if row["event"] in TOLD_ONCE]
     return [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
@@ -375,11 +309,11 @@ def kill(run: Config, out: Path, *, kills: int, seed: int) -> int:
 
 def resume_everywhere(run: Config, out: Path) -> int:
     """Goes on from every step of a run to its end; returns how often that was not the same LoRA."""
-    attempt_here(run, out / "whole")
+    go_on(run, out / "whole")
     wanted, bad = run_folder.result_path(out / "whole", run.name).read_bytes(), 0
     for step in range(run.steps):
         folder = begun(out / "whole", out / "again", step)
-        attempt_here(run, folder)
+        go_on(run, folder)
         same = run_folder.result_path(folder, run.name).read_bytes() == wanted and story(folder) == story(out / "whole")
         bad += not same
         print(f"{step:4} {'the same' if same else 'differs'}", flush=True)
@@ -408,6 +342,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--resume-everywhere", action="store_true", help="instead go on from each of 50 steps to the end")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process cannot use its parent's threads
@@ -416,7 +351,7 @@ def main() -> None:
     out = options.out.absolute()
     out.mkdir(parents=True)
     forked(lambda _: (make_base(out / "base"), make_pictures(out / "pictures"), None)[-1])  # the parent has imported and done nothing else
-    run = exacting(out / "base" / "pipeline", out / "pictures")
+    run = exacting(out / "base" / "pipeline", out / "pictures", steps=options.steps)
     if options.resume_everywhere:
         run = exacting(out / "base" / "pipeline", out / "pictures", steps=50, save_every=1, keep_last=50)
         raise SystemExit(resume_everywhere(run, out) > 0)

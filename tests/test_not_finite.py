@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks import interrupted
+from benchmarks import interrupted, smallest
 from sdlora import checkpoint, course, events, material, run_folder, train
 from sdlora.config import Config
 from sdlora.course import Course
@@ -58,13 +58,13 @@ def begun(run: Config, folder: Path, *, step: int) -> Going:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("made")
-    return interrupted.make_base(root), interrupted.make_pictures(root / "pictures")
+    return smallest.make_base(root), smallest.make_pictures(root / "pictures")
 
 
 def exacting(made: tuple[Path, Path], *, name: str = "adamw", accumulation: int = 2, **changes: Any) -> Config:
-    how = interrupted.OPTIMIZER | {"name": name, "accumulation": accumulation}
+    how = smallest.OPTIMIZER | {"name": name, "accumulation": accumulation}
     values = {"steps": STEPS, "save_every": 2, "keep_last": 9, "validation": {"every": 0}, "optimizer": how}
-    return interrupted.exacting(*made, **values | changes)
+    return smallest.exacting(*made, **values | changes)
 
 
 # --- where it comes from ------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_weight_that_breaks_between_step_and_save_is_not_written(
     value: float, ema: float, step: int, made: tuple[Path, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    going = begun(exacting(made, optimizer=interrupted.OPTIMIZER | {"ema": ema}), folder, step=step)
+    going = begun(exacting(made, optimizer=smallest.OPTIMIZER | {"ema": ema}), folder, step=step)
     before = interrupted.contents(folder)
     going.inside.trainable[3].detach().view(-1)[1] = value
     with pytest.raises(UserError, match=rf"state of step {step} holds a number that is not finite, so it is not written; [^\n]*$"):
@@ -253,7 +253,7 @@ def test_a_weight_that_breaks_between_step_and_save_is_not_written(
 def test_a_weight_too_large_for_the_files_numbers_is_said_and_the_run_goes_on_with_larger_ones(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    folder, how = tmp_path / "run", interrupted.OPTIMIZER | {"ema": 0.0}
+    folder, how = tmp_path / "run", smallest.OPTIMIZER | {"ema": 0.0}
     going = begun(exacting(made, optimizer=how), folder, step=STEPS)
     going.inside.trainable[3].detach().view(-1)[1] = 1e6
     with pytest.raises(UserError, match=r"reaches 1e\+06, which is infinite in torch\.float16; write the LoRA in bf16 or fp32"):
