@@ -57,7 +57,27 @@ def test_a_checkpoint_that_was_not_saved_is_not_recommended() -> None:
     rows = looks([0.16, 0.13, 0.15, 0.2], [0.15, 0.12, 0.1, 0.07])
     assert verdict.recommended(rows) == 200
     assert verdict.recommended(rows, saved={100, 300, 400}) in (100, 300)
-    assert verdict.verdict(rows, saved={300, 400}).step == 300
+    told = verdict.verdict(rows, saved={300, 400})
+    assert told.step == 300
+    assert "of the checkpoints that were saved" in told.reason
+
+
+def test_a_checkpoint_that_draws_like_the_pictures_is_worth_some_error_but_not_any() -> None:
+    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.09, 0.05])
+    unlike = {100: 2.0, 200: 1.5, 300: 0.9, 400: 0.88}
+    assert verdict.recommended(rows) == 200
+    told = verdict.verdict(rows, unlike=unlike)
+    assert (told.step, told.overfitting) == (300, True)
+    assert "best balance" in told.reason
+    assert "error 0.135, lowest 0.13 at step 200, 0.46 without" in told.reason
+    assert "comes closest" in verdict.verdict(rows, unlike=unlike | {400: 1.0}).reason
+    assert "predicted best" in verdict.verdict(rows, unlike=unlike | {200: 0.8}).reason
+
+
+def test_a_step_that_has_not_drawn_is_not_compared_with_those_that_have() -> None:
+    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.09, 0.05])
+    assert verdict.recommended(rows, unlike={100: 2.0, 400: 1.9}) == 100
+    assert verdict.verdict(rows, unlike={}).step == 200
 
 
 def test_without_held_out_pictures_nothing_is_claimed() -> None:
