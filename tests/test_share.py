@@ -61,6 +61,7 @@ def test_a_folder_and_a_zip_hold_all_that_others_need(run: Path, tmp_path: Path)
     }  # fmt: skip
     with zipfile.ZipFile(made.archive) as archive:
         assert archive.testzip() is None
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # not that of the day
         assert {name: archive.read(name) for name in archive.namelist()} == {f"gift/{name}": content for name, content in inside.items()}
     beside = json.loads(inside["odile v1.json"])
     assert (beside["activation text"], beside["preferred weight"]) == ("vitrail", 0.8)
