@@ -71,7 +71,6 @@ def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerat
     processes.agree(json.dumps(facts, sort_keys=True, default=str), what="config, base or set of pictures")
     base_model.set_training(base, True)
     if run.trackers:
-        accelerator.project_configuration.set_directories(str(folder))
         accelerator.init_trackers(
             run.name, config={key: value for key, value in resuming.flat(facts["config"]).items() if not isinstance(value, list)}
         )
@@ -170,7 +169,7 @@ def looked(go: Course, step: int) -> Iterator[Event]:
     scoring, drawing = go.ready.exam is not None and owed(prepare.every(run), step, run), owed(run.sample_every, step, run)
     if not (scoring or drawing or wanted):  # most steps: the metrics grow with the run and are not read at each
         return
-    done = {row["event"] for row in run_folder.rows(go.folder) if row.get("step") == step}
+    done = {row["event"] for row in run_folder.each_row(go.folder) if row.get("step") == step}
     if go.ready.exam and scoring and "validated" not in done:
         with speaking(go.mover, go.trainable, go.average):
             scores = validation.score(go.ready.base, go.ready.exam, batch=max(run.batch, LOOK_BATCH))

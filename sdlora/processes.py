@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -27,12 +28,13 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # how long the others wait while the first draws pictures or is paused; a lost process is noticed at once
 
 
-def start(mixed_precision: str, *, trackers: Sequence[str] = ()) -> Accelerator:
+def start(mixed_precision: str, *, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Joins the processes that a launcher started, each with its own GPU; for one alone, fp16's scaler and the trackers.
 
     Args:
         mixed_precision: accelerate's word, see `devices.mixed_precision`.
         trackers: "tensorboard" and "wandb".
+        folder: for what they write.
 
     Raises:
         UserError: if a tracker's package is not installed.
@@ -41,7 +43,7 @@ def start(mixed_precision: str, *, trackers: Sequence[str] = ()) -> Accelerator:
         raise UserError(f"trackers: the package {missing} is not installed; pip install {missing}, or leave it out of the config.")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience], log_with=list(trackers) or None)
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience], log_with=list(trackers) or None, project_dir=folder)
 
 
 def count() -> int:

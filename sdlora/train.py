@@ -68,7 +68,7 @@ def train(
     optimizer.check_schedule(run.optimizer.name, run.optimizer.schedule)
     device = devices.best_device()
     dtype = devices.base_dtype(device, run.precision)
-    accelerator = processes.start(devices.mixed_precision(dtype), trackers=run.trackers)
+    accelerator = processes.start(devices.mixed_precision(dtype), trackers=run.trackers, folder=folder)
     folder, resume = processes.from_first((folder, resume))
     with run_folder.opened(folder, resume=resume) if processes.is_first() else nullcontext():
         found = materials.find_or_refuse(run)
