@@ -116,19 +116,19 @@ def log(folder: Path, **row: Any) -> None:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last line that a crash has torn is left out."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "event" in row:
-            found.append(row)
-    return found
+    return list(each_row(folder))
+
+
+def each_row(folder: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one: a run of 10,000 steps looks for a few of 10,000 lines, which would take 10 MB together."""
+    with suppress(OSError), (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "event" in row:
+                yield row
 
 
 def ask(folder: Path, request: str) -> None:

@@ -425,8 +425,8 @@ def test_changes_are_allowed_from_the_command_line(short: Whole, left: Path) -> 
 
 
 def test_steps_without_a_look_do_not_read_the_metrics(base: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, reads = run_folder.rows, []
-    monkeypatch.setattr(run_folder, "rows", lambda folder: reads.append(folder) or honest(folder))
+    honest, reads = run_folder.each_row, []
+    monkeypatch.setattr(run_folder, "each_row", lambda folder: reads.append(folder) or honest(folder))
     run = smallest.exacting(base, shapes, steps=6, save_every=6, validation={"every": 0})
     list(train.train(run, tmp_path / "run"))
     assert len(reads) <= 2
