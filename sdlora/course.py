@@ -38,7 +38,7 @@ from sdlora import (
 )  # fmt: skip
 from sdlora.config import Config
 from sdlora.errors import UserError
-from sdlora.events import Alarm, Continued, Done, Event, Paused, Proving, Saved, Started, Step, Stopped, Validated
+from sdlora.events import Alarm, Continued, Done, Event, Paused, Proving, Reported, Saved, Started, Step, Stopped, Validated
 from sdlora.prepare import Prepared
 from sdlora.watch import Watch
 
@@ -240,6 +240,11 @@ def finished(go: Course, began: float) -> Iterator[Event]:
         if run.report:
             for event in proof.proof(run, go.folder, go.ready):
                 yield event if isinstance(event, Proving) else noted(go, event)
+                if not isinstance(event, Reported) and run_folder.is_asked(go.folder, "stop"):
+                    processes.wait()
+                    yield noted(go, Stopped(run.steps, path))  # the LoRA is there; the same command makes the report
+                    run_folder.forget(go.folder, "stop")
+                    return
     processes.wait()
     yield noted(go, Done(path, time.monotonic() - began))
 

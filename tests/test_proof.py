@@ -131,3 +131,20 @@ def test_failures_are_noted_in_the_folder(tiny_base: Path, pictures: Path, tmp_p
     with pytest.raises(UserError, match="full"):
         list(train.train(run_config(tiny_base, pictures, sample_every=0), tmp_path / "run"))
     assert run_folder.rows(tmp_path / "run")[-1]["words"] == "The disk is full."
+
+
+def test_a_stop_while_the_sheet_is_drawn_ends_at_once_and_the_same_run_goes_on_to_its_report(
+    tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run, seen = proven(tiny_base, pictures, steps=2), []
+    for event in train.train(run, tmp_path / "run"):
+        seen.append(event)
+        if isinstance(event, events.Proving):
+            run_folder.ask(tmp_path / "run", "stop")
+    assert isinstance(seen[-1], events.Stopped)
+    assert sum(isinstance(event, events.Proving) for event in seen) == 1
+    assert lora_file.read(seen[-1].path).ranks == [2]
+    assert run_folder.is_unfinished(tmp_path / "run")
+    told = [type(event).__name__ for event in train.train(run, tmp_path / "run", resume=True)]
+    assert "Step" not in told
+    assert told[-2:] == ["Reported", "Done"]
