@@ -35,7 +35,6 @@ from sdlora.latents import Latents
 from sdlora.material import Material
 from sdlora.mini import evaluate, lead, reader
 from sdlora.validation import Exam
-from sdlora.verdict import Verdict
 
 TRIGGERS = {"style": "vitrail", "character": "pip"}
 RATES = {"style": (3e-3, 0.0), "character": (1.5e-3, 2e-4)}
@@ -47,11 +46,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """One run: its looks, the step 0 among them, and by step how unlike held-out pictures it draws, and each picture's truth."""
+    """One run: its looks, the step 0 among them, and by step each judged picture's part in the truth."""
 
     seed: int
     looks: tuple[Validated, ...]
-    unlike: dict[int, float]
     truth: dict[int, list[tuple[bool, ...]]]
 
     @property
@@ -118,21 +116,18 @@ def exam_of(base: Base, run: Config) -> Exam:
     )  # fmt: skip
 
 
-def looks_at(run: Config, files: dict[int, Path]) -> Iterator[tuple[Validated, float | None]]:
-    """A look at the base and at each checkpoint, and how unlike the held-out pictures it draws."""
+def looks_at(run: Config, files: dict[int, Path]) -> Iterator[Validated]:
+    """A look at the base and at each checkpoint."""
     base = base_files.load("mini", device=CPU, dtype=torch.float32)
     asked, places = exam_of(base, run), base_model.stems(base)
-    yield Validated(0, **asdict(validation.score(base, asked, batch=16))), None
+    yield Validated(0, **asdict(validation.score(base, asked, batch=16)))
     for step, path in files.items():
         for part in base.parts.values():
             lora.remove(part)
         for stem, update in lora_file.read(path).modules.items():
             part_name, name = places[stem]
             lora.attach(base.parts[part_name], name, update, adapter="default")
-        look = Validated(step, **asdict(validation.score(base, asked, batch=16)))
-        for part in base.parts.values():
-            lora.fold(part)
-        yield look, validation.unlikeness(base, asked)
+        yield Validated(step, **asdict(validation.score(base, asked, batch=16)))
 
 
 # --- the truth ----------------------------------------------------------------------------------------------------------------
@@ -175,11 +170,10 @@ def case(options: argparse.Namespace, seed: int) -> Case:
     run = trained(options.kind, seed, folder, steps=options.steps, every=options.every)
     files, noted = checkpoints(folder, options.steps), folder / "looks.json"
     if not noted.exists():
-        noted.write_text(json.dumps([asdict(look) | {"unlike": unlike} for look, unlike in looks_at(run, files)], indent=1))
+        noted.write_text(json.dumps([asdict(look) for look in looks_at(run, files)], indent=1))
     rows = json.loads(noted.read_text())
-    unlike = {row["step"]: row.pop("unlike") for row in rows if row["step"]}
     looks = tuple(Validated(row["step"], row["loss"], row["seen_loss"], tuple(row["bands"]), row["drift"]) for row in rows)
-    return Case(seed, looks, unlike, {step: truth_of(options, folder, step, path) for step, path in files.items()})
+    return Case(seed, looks, {step: truth_of(options, folder, step, path) for step, path in files.items()})
 
 
 def truth_of(options: argparse.Namespace, folder: Path, step: int, path: Path) -> list[tuple[bool, ...]]:
@@ -193,11 +187,6 @@ def truth_of(options: argparse.Namespace, folder: Path, step: int, path: Path) -
     return found
 
 
-def told_of(one: Case) -> Verdict:
-    """What a user would be told."""
-    return verdict.verdict(one.looks, unlike=one.unlike)
-
-
 def uncertainty(one: Case, first: int, second: int) -> float:
     """The standard error of the difference of two checkpoints' scores, in points, from the same prompts and seeds."""
     differences = np.mean(one.truth[first], axis=1) - np.mean(one.truth[second], axis=1)
@@ -206,7 +195,7 @@ def uncertainty(one: Case, first: int, second: int) -> float:
 
 def line(one: Case) -> str:
     """A row of the table."""
-    told, points = told_of(one), one.points
+    told, points = verdict.verdict(one.looks), one.points
     best, last = max(points, key=lambda step: points[step]), max(points)
     regret, fallen = points[best] - points[told.step], points[best] - points[last]
     scores = " ".join(f"{value:.0f}" for value in points.values())
@@ -220,7 +209,7 @@ def line(one: Case) -> str:
 
 def table(cases: list[Case]) -> str:
     """Every case, and how often the recommendation and the flag were right."""
-    told = [told_of(one) for one in cases]
+    told = [verdict.verdict(one.looks) for one in cases]
     best = [max(one.points.values()) for one in cases]
     near = sum(top - one.points[v.step] <= 2 for one, v, top in zip(cases, told, best, strict=True))
     certain = sum(

@@ -4,8 +4,7 @@ The training loss cannot say it: every step draws other timesteps, between which
 timesteps, one from each of `draws` equal bands, and its noise, both drawn from (seed, the picture's bytes), so that two looks differ in
 nothing but the weights, and adding a picture changes nothing for the others. As many pictures that are trained on are scored alike:
 what they gain and held-out ones do not is memory. Drift is what the LoRA does where nobody calls it. Errors are squared and not
-weighted, whatever the run trains on, so that the numbers of two runs can be compared. The error alone is content with a look that is
-half learned: a blurred answer is the safest. So a checkpoint that is to be recommended also draws, see `unlikeness`.
+weighted, whatever the run trains on, so that the numbers of two runs can be compared.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from sdlora import base_model, buckets, cache, devices, files, generate, latents, lora, loss, noise, regularisation, text
+from sdlora import base_model, buckets, cache, devices, files, latents, lora, loss, noise, regularisation, text
 from sdlora import material as materials
 from sdlora.base_model import Base, TextStates
 from sdlora.errors import UserError
-from sdlora.generate import Request
 from sdlora.latents import Latents
 from sdlora.lora import Adapter
 from sdlora.lora_adapters import Fixed
@@ -32,7 +30,6 @@ from sdlora.material import Material
 from sdlora.text import Tokens
 
 BANDS = 4  # quarters of the timesteps that are told apart
-DRAWING = Request("", steps=8)  # sampler and guidance of pictures that are compared with held-out ones
 STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 
 
@@ -194,44 +191,6 @@ def losses_at_strengths(base: Base, asked: Exam, strengths: Sequence[float] = ST
             states = _states(base, asked, batch)
             found.append(torch.cat([_errors(base, asked, states, some) for some in _batches(asked, pairs, batch)]).mean())
     return tuple(zip(strengths, torch.stack(found).tolist(), strict=True))
-
-
-@torch.no_grad()
-def unlikeness(base: Base, asked: Exam, *, drawings: int = 4) -> float | None:
-    """How far pictures drawn from the captions of held-out pictures lie from these, in what `traits` says of their latents.
-
-    The mean of |drawn - true| / σ over traits and drawings, σ being each trait's deviation over all pictures of the exam: 0 for the
-    pictures themselves, about 1 for others of their kind. No picture is decoded.
-
-    Args:
-        drawings: per picture, each from noise of its own, the same at every look.
-
-    Returns:
-        None if no picture is held out.
-    """
-    spread = torch.stack([traits(one.seen.mean) for one in asked.subjects]).std(0, correction=0).clamp(min=1e-3)
-    held = [i for i, one in enumerate(asked.subjects) if one.held_out]
-    with answering(base):
-        states, silent = _states(base, asked, drawings), text.encode(base, text.tokens(base, [""], chunks=asked.tokens.ids[0].shape[1]))
-        found = [_distance(base, asked.subjects[i], states[[i]], silent, spread, asked.seed, drawings) for i in held]
-    return torch.stack(found).mean().item() if found else None
-
-
-def _distance(base: Base, one: Subject, said: TextStates, silent: TextStates, spread: Tensor, seed: int, drawings: int) -> Tensor:
-    noises = [torch.randn(one.seen.mean.shape, generator=devices.generator(seed, one.key, i, 41)) for i in range(drawings)]
-    both = base_model.joined([silent] * drawings + [said] * drawings)
-    *_, drawn = generate.denoise(base, torch.stack(noises).to(base.device), both, DRAWING)
-    return ((torch.stack([traits(each) for each in drawn]) - traits(one.seen.mean)) / spread).abs().mean()
-
-
-def traits(latent: Tensor) -> Tensor:
-    """What a picture looks like wherever its things stand: of each channel mean and deviation, and the mean step across and down [4 · C].
-
-    Args:
-        latent: [C, h, w].
-    """
-    across, down = (latent.diff(dim=side).abs().mean((1, 2)) for side in (2, 1))
-    return torch.cat([latent.mean((1, 2)), latent.std((1, 2)), across, down])
 
 
 @contextmanager

@@ -234,52 +234,6 @@ def test_a_mask_says_where_the_error_counts(base: Base, run: Config) -> None:
     assert validation.score(base, asked, batch=8).seen_loss == pytest.approx(errors[:, :, :4].mean().item(), rel=1e-5)
 
 
-def test_traits_do_not_mind_where_things_stand_but_colour_contrast_and_texture() -> None:
-    plain = torch.zeros(4, 8, 8)
-    plain[:, 2:4, 2:4] = 1.0
-    elsewhere, brighter, busier = plain.roll((2, 1), (1, 2)), plain + 0.5, plain.clone()
-    busier[:, ::2] += 0.3
-    own = validation.traits(plain)
-    assert own.shape == (16,)
-    assert torch.allclose(validation.traits(elsewhere), own, atol=1e-6)
-    assert torch.allclose(validation.traits(brighter)[4:], own[4:], atol=1e-6)
-    assert (validation.traits(brighter)[:4] == own[:4] + 0.5).all()
-    assert (validation.traits(busier)[12:] > own[12:] + 0.1).all()
-
-
-def test_unlikeness_is_the_same_each_time_whoever_else_is_in_the_exam_and_0_for_the_pictures_themselves(
-    base: Base, run: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = exam(learned(base, run), all_subjects(base, run))
-    base_model.set_training(base, True)
-    first = validation.unlikeness(base, asked)
-    assert first is not None
-    assert first == validation.unlikeness(base, asked) > 0.1
-    assert base.unet.training
-    lora.set_strength(base.unet, 0.0)
-    assert validation.unlikeness(base, asked) != first
-    held = iter([one.seen.mean for one in asked.subjects if one.held_out])
-    monkeypatch.setattr(validation.generate, "denoise", lambda base, noise, *rest: iter([next(held).expand_as(noise)]))
-    assert validation.unlikeness(base, asked) == 0
-
-
-def test_pictures_are_drawn_from_their_captions_against_an_empty_one(base: Base, run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[text.TextStates] = []
-    monkeypatch.setattr(validation.generate, "denoise", lambda base, noise, states, how: heard.append(states) or iter([noise]))
-    asked = exam(learned(base, run), all_subjects(base, run))
-    validation.unlikeness(base, asked, drawings=2)
-    base_model.set_training(base, False)
-    for states, one in zip(heard, asked.subjects[:2], strict=True):
-        with torch.no_grad():
-            expected = text.encode(base, text.tokens(base, ["", "", one.caption, one.caption]))
-        assert torch.allclose(states.context, expected.context, atol=1e-6)
-
-
-def test_without_held_out_pictures_nothing_is_drawn(base: Base, run: Config) -> None:
-    seen = [one for one in all_subjects(learned(base, run), run) if not one.held_out]
-    assert validation.unlikeness(base, exam(base, seen)) is None
-
-
 @pytest.mark.parametrize("draws", [0, 2, 6])
 def test_as_many_pairs_for_each_quarter_of_the_timesteps(base: Base, run: Config, draws: int) -> None:
     with pytest.raises(UserError, match=rf"validation.draws is {draws}; give a multiple of 4"):
