@@ -23,7 +23,10 @@ HOUSE = (
         "regularisation base_tensors lora_tools lora_merge "
         "lora_extract bake mini.pretrain mini.examples",
     ),
-    ("stories", "report proof prepare pausing course train excerpt trial forecast plan share comparison many compare mini.evaluate"),
+    (
+        "stories",
+        "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare mini.evaluate",
+    ),
     ("roof", "ui demo cli_tools cli_train cli_runs cli __main__"),
 )
 FLOORS = {name: floor for floor, (_, names) in enumerate(HOUSE) for name in names.split()}
