@@ -82,7 +82,7 @@ def main() -> None:
     """Reads the command, trains, and prints a row per thousand steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=10_000, help="at least 3000")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
