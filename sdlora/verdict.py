@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from sdlora.events import Validated
 
-OWN = 0.3  # how much a gain on the run's own pictures counts beside one on held-out pictures; chosen on seeds that no table reports
+OWN = 0.4  # how much a gain on the run's own pictures counts beside one on held-out pictures; chosen on seeds that no table reports
 ALIKE = 0.005  # losses that differ by less, as a share, are as good as each other
-OVERFIT = 0.03  # a rise of the held-out loss above its lowest that is said aloud
+OVERFIT = 0.05  # a rise of the held-out loss above its lowest that is said aloud
 BROKEN_DRIFT = 1.0  # answers to captions without the trigger have moved as far as they are long
 SAME_STRENGTH = 0.01  # a strength must lower the loss by more to be preferred to one nearer to 1
 
