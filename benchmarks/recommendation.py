@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -35,11 +35,12 @@ from sdlora.latents import Latents
 from sdlora.material import Material
 from sdlora.mini import evaluate, lead, reader
 from sdlora.validation import Exam
+from sdlora.verdict import Verdict
 
 TRIGGERS = {"style": "vitrail", "character": "pip"}
 RATES = {"style": (3e-3, 0.0), "character": (1.5e-3, 2e-4)}
 PICTURES, BLOCK = 16, 40
-FALLEN = 5.0  # points below the best checkpoint at the end
+NEAR, FALLEN = 2.0, 5.0  # points below the best checkpoint: as good, and clearly worse
 LENGTHS, STRIDE = (0.5, 0.58, 0.66, 0.75), 6  # where the reader looks for things in stained glass
 CPU = torch.device("cpu")
 
@@ -52,10 +53,36 @@ class Case:
     looks: tuple[Validated, ...]
     truth: dict[int, list[tuple[bool, ...]]]
 
-    @property
+    @cached_property
     def points(self) -> dict[int, float]:
         """The true score of each checkpoint, 0 to 100."""
         return {step: 100 * float(np.mean(pictures)) for step, pictures in self.truth.items()}
+
+    @cached_property
+    def told(self) -> Verdict:
+        """What a user would be told."""
+        return verdict.verdict(self.looks)
+
+    @property
+    def best(self) -> int:
+        """The step whose true score is the highest."""
+        return max(self.points, key=lambda step: self.points[step])
+
+    @property
+    def regret(self) -> float:
+        """What the recommended checkpoint lacks of the best, in points."""
+        return self.points[self.best] - self.points[self.told.step]
+
+    @property
+    def fall(self) -> float:
+        """What the last checkpoint lacks of the best, in points."""
+        return self.points[self.best] - self.points[max(self.points)]
+
+    @property
+    def regret_error(self) -> float:
+        """The standard error of the regret, from the same prompts and seeds."""
+        differences = np.mean(self.truth[self.best], axis=1) - np.mean(self.truth[self.told.step], axis=1)
+        return 100 * stdev(differences.tolist()) / len(differences) ** 0.5
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------------
@@ -187,47 +214,37 @@ def truth_of(options: argparse.Namespace, folder: Path, step: int, path: Path) -
     return found
 
 
-def uncertainty(one: Case, first: int, second: int) -> float:
-    """The standard error of the difference of two checkpoints' scores, in points, from the same prompts and seeds."""
-    differences = np.mean(one.truth[first], axis=1) - np.mean(one.truth[second], axis=1)
-    return 100 * stdev(differences.tolist()) / len(differences) ** 0.5
-
-
 def line(one: Case) -> str:
     """A row of the table."""
-    told, points = verdict.verdict(one.looks), one.points
-    best, last = max(points, key=lambda step: points[step]), max(points)
-    regret, fallen = points[best] - points[told.step], points[best] - points[last]
-    scores = " ".join(f"{value:.0f}" for value in points.values())
+    scores = " ".join(f"{value:.0f}" for value in one.points.values())
     losses = " ".join(f"{look.loss:.4f}" for look in one.looks if look.loss is not None)
-    said = "yes" if told.overfitting else "no"
     return (
-        f"| {one.seed} | {scores} | {losses} | {told.step} | {best} | {regret:.1f} ± {uncertainty(one, best, told.step):.1f} "
-        f"| {fallen:.1f} | {said} |"
+        f"| {one.seed} | {scores} | {losses} | {one.told.step} | {one.best} | {one.regret:.1f} ± {one.regret_error:.1f} "
+        f"| {one.fall:.1f} | {'yes' if one.told.overfitting else 'no'} |"
     )
 
 
-def table(cases: list[Case]) -> str:
+def table(cases: Sequence[Case]) -> str:
     """Every case, and how often the recommendation and the flag were right."""
-    told = [verdict.verdict(one.looks) for one in cases]
-    best = [max(one.points.values()) for one in cases]
-    near = sum(top - one.points[v.step] <= 2 for one, v, top in zip(cases, told, best, strict=True))
-    certain = sum(
-        top - one.points[v.step] > 2 + 2 * uncertainty(one, max(one.points, key=lambda s, c=one: c.points[s]), v.step)  # type: ignore[misc]
-        for one, v, top in zip(cases, told, best, strict=True)
-    )
-    fell = [(one, v) for one, v, top in zip(cases, told, best, strict=True) if top - list(one.points.values())[-1] >= FALLEN]
-    last = fmean(top - list(one.points.values())[-1] for one, top in zip(cases, best, strict=True))
-    regret = fmean(top - one.points[v.step] for one, v, top in zip(cases, told, best, strict=True))
+    near = sum(one.regret <= NEAR for one in cases)
+    surely_not = sum(one.regret - 2 * one.regret_error > NEAR for one in cases)
+    fell = [one for one in cases if one.fall >= FALLEN]
     rows = "\n".join(line(one) for one in cases)
-    flags = sum(v.overfitting for v in told)
     return (
         "| seed | true scores | held-out losses, the base's first | recommended | best | regret | fall at the end | overfitting flagged |\n"
         f"| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |\n{rows}\n\n"
-        f"Within 2 points of the best: {near} of {len(cases)} (more than 2 below it by two standard errors: {certain}). "
-        f"Mean regret {regret:.1f} points; of always taking the last: {last:.1f}. "
-        f"Overfitting flagged in {sum(v.overfitting for _, v in fell)} of {len(fell)} runs that fell by 5 points, and in {flags} of all.\n"
+        f"Within {NEAR:g} points of the best: {near} of {len(cases)}; more than that below it by two standard errors: {surely_not}. "
+        f"Mean regret {fmean(one.regret for one in cases):.1f} points; of always taking the last checkpoint "
+        f"{fmean(one.fall for one in cases):.1f}, of the lowest held-out loss {fmean(map(regret_of_loss, cases)):.1f}. Overfitting flagged "
+        f"in {sum(one.told.overfitting for one in fell)} of {len(fell)} runs that fell by {FALLEN:g} points, and in "
+        f"{sum(one.told.overfitting for one in cases)} of all.\n"
     )
+
+
+def regret_of_loss(one: Case) -> float:
+    """What the checkpoint with the lowest held-out loss lacks of the best, in points."""
+    lowest = min(one.looks[1:], key=lambda look: look.loss or 0.0)
+    return one.points[one.best] - one.points[lowest.step]
 
 
 def main() -> None:
