@@ -90,6 +90,6 @@ def columns(run: Config, folder: Path, found: Verdict | None) -> list[Column]:
     across = [Column("no LoRA")]
     for step in steps:
         for value in sorted({strength, *BESIDE}) if step == best else [strength]:
-            star = " ★" if (step, value) == (best, strength) else ""
-            across.append(Column(f"step {step}{star}\nstrength {value:g}", (LoRA(file_of(run, folder, step), value),)))
+            word = ", best" if found and (step, value) == (best, strength) else ""
+            across.append(Column(f"step {step}{word}\nstrength {value:g}", (LoRA(file_of(run, folder, step), value),)))
     return across

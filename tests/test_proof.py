@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdlora import checkpoint, config, events, lora_file, proof, run_folder, train
+from sdlora import checkpoint, config, events, lora_file, proof, run_folder, train, verdict
 from sdlora.errors import UserError
 from tests.test_cli import assert_one_sentence
 from tests.test_cli import run as command
@@ -73,9 +73,11 @@ def test_the_columns_are_the_base_the_recommended_checkpoint_and_the_first_and_l
     across = proof.columns(run, folder, None)
     assert across[0].loras == ()
     assert [column.label.replace("\n", ", ") for column in across[1:]] == [
-        "step 2, strength 1", "step 4, strength 0.6", "step 4, strength 0.8", "step 4 ★, strength 1",
+        "step 2, strength 1", "step 4, strength 0.6", "step 4, strength 0.8", "step 4, strength 1",
     ]  # fmt: skip
     assert all(column.loras[0].path.is_file() for column in across[1:])
+    best = verdict.Verdict(step=2, strength=0.8, reason="", overfitting=False, warning="")
+    assert [column.label for column in proof.columns(run, folder, best) if "best" in column.label] == ["step 2, best\nstrength 0.8"]
 
 
 def test_a_text_encoder_that_stops_early_stays_as_it_was(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
