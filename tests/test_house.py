@@ -5,29 +5,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 HOUSE = (
-    ("ground", "errors devices files progress events processes memory watch mini.shapes"),
+    (
+        "ground",
+        "errors devices files progress events processes memory watch mini.shapes",
+    ),
     (
         "pure parts",
-        "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer picture_checks "
-        "recipes amounts model_card charts report_blocks report_style report_markdown verdict mini.world",
+        "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer "
+        "picture_checks recipes amounts model_card charts report_blocks report_style report_markdown verdict mini.world",
     ),
     (
         "disk and models",
-        "config config_tables linked counts share_checks report_page report_settings dataset data_folders caption_tables kohya_toml views caption_findings picture_findings weights_file "
-        "lora_formats lora_layouts lora_file base_model base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs "
-        "hub tokenizer_files text text_embeddings latents mini.tokens mini.reader mini.lead",
+        "config config_tables linked counts share_checks report_page report_settings dataset data_folders caption_tables "
+        "kohya_toml views caption_findings picture_findings weights_file lora_formats lora_layouts lora_file base_model "
+        "base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs hub tokenizer_files text "
+        "text_embeddings latents mini.tokens mini.reader mini.lead",
     ),
     (
         "rooms",
-        "cache generate run_folder run_lock checkpoint resuming samples validation report_facts report_curves runs dataset_report contact_sheet material adapters result "
-        "regularisation base_tensors lora_tools lora_merge "
-        "lora_extract bake mini.pretrain mini.examples",
+        "cache generate run_folder run_lock checkpoint resuming samples validation report_facts report_curves runs "
+        "dataset_report contact_sheet material adapters result regularisation base_tensors lora_tools lora_merge lora_extract "
+        "bake mini.pretrain mini.examples",
     ),
     (
         "stories",
         "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare mini.evaluate",
     ),
-    ("roof", "ui demo cli_tools cli_train cli_runs cli __main__"),
+    (
+        "roof",
+        "ui demo cli_tools cli_train cli_runs cli __main__",
+    ),
 )
 FLOORS = {name: floor for floor, (_, names) in enumerate(HOUSE) for name in names.split()}
 
