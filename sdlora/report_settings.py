@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import BaseModel
@@ -57,7 +57,7 @@ def _shown(key: str, value: Any) -> str:
     """A value as TOML would have it, near enough to be read."""
     if value is None:
         return "not set"
-    if key in PATHS:
+    if key in PATHS or isinstance(value, Path):
         return last_part(str(value))
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # two workers of one thread each: most tests are too small to keep two threads busy, and threads of two processes wait for each other
-PYTEST = ["pytest", "-q", "-n", "2", "--dist", "loadfile"]
+PYTEST = ["pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # the long files are not the last
 STEPS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], PYTEST)
 
 

@@ -31,6 +31,7 @@ save_every = 2
 report = false
 [lora]
 rank = 2
+alpha = 16.0
 targets = "attn"
 [validation]
 every = 0

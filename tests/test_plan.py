@@ -197,7 +197,10 @@ def test_looks_are_at_the_beginning_every_so_many_steps_and_at_the_end(steps: in
 # --- the trial ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_in_a_process_of_its_own_foretells_the_run_and_leaves_no_trace(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_trial_in_a_process_of_its_own_foretells_the_run_and_leaves_no_trace(
+    tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDLORA_CACHE", str(tmp_path / "cache"))
     run = run_config(tiny_base, pictures, report=False, lora={"rank": 16})
     folders = [tiny_base, pictures, tmp_path]
     before = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}

@@ -32,7 +32,7 @@ def test_plain_pictures_are_read_right() -> None:
 
 
 def test_stained_glass_is_read_right() -> None:
-    pairs = [(truth, reader.read(world.draw(scene, style="stained glass"))) for truth, scene in scenes(120, seed=2)]
+    pairs = [(truth, reader.read(world.draw(scene, style="stained glass"))) for truth, scene in scenes(60, seed=2)]
     assert share([truth == found for truth, found in pairs]) >= 0.95
     for part in ("kind", "colour", "background"):
         assert share([getattr(truth, part) == getattr(found, part) for truth, found in pairs]) >= 0.97, part
@@ -45,7 +45,7 @@ def test_spoilt_pictures_are_read_right() -> None:
 
 def test_spoilt_stained_glass_is_read_right() -> None:
     rng = np.random.default_rng(7)
-    pairs = [(truth, reader.read(spoilt(world.draw(scene, style="stained glass"), rng))) for truth, scene in scenes(120, seed=7)]
+    pairs = [(truth, reader.read(spoilt(world.draw(scene, style="stained glass"), rng))) for truth, scene in scenes(60, seed=7)]
     assert share([truth == found for truth, found in pairs]) >= 0.92
     assert share([truth.kind == found.kind for truth, found in pairs]) >= 0.94
 

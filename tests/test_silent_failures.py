@@ -139,7 +139,13 @@ def test_a_small_mask_weighs_no_less_than_a_large_one() -> None:
 
 def test_sdxls_two_text_encoders_have_a_rate_each_and_no_rate_is_lost(tmp_path: Path) -> None:
     folder = tiny_families.make_folder("sdxl", tmp_path / "xl")
-    values = {"base": str(folder), "data": str(tmp_path), "kind": "character", "name": "x", "lora": {"rank": 2}}
+    values = {
+        "base": str(folder),
+        "data": str(tmp_path),
+        "kind": "character",
+        "name": "x",
+        "lora": {"rank": 2, "text_encoder": True, "text_targets": "attn"},
+    }
     values["optimizer"] = {"learning_rate": 1e-4, "text_encoder_learning_rate": 2e-5, "text_encoder_2_learning_rate": 3e-5}
     run = config.parse(values, where="test")
     base = base_files.load(str(folder), device=torch.device("cpu"), dtype=torch.float32)
