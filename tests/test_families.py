@@ -41,7 +41,8 @@ def opened(folder: Path) -> Base:
 def run_of(base: Path, pictures: Path, **changes: Any) -> config.Config:
     values = {
         "base": str(base), "data": str(pictures), "kind": "character", "trigger": "pip", "name": "tiny", "steps": 2, "batch": 2,
-        "sample_every": 0, "report": False, "validation": {"every": 0}, "resolution_px": 128, "sizes": {"step_px": 32}, "cache": "memory", "min_snr_gamma": 0.0,
+        "sample_every": 0, "report": False, "validation": {"every": 0},
+        "resolution_px": 128, "sizes": {"step_px": 32}, "cache": "memory", "min_snr_gamma": 0.0,
         "optimizer": {"learning_rate": 0.05, "text_encoder_learning_rate": 0.05, "warmup": 0.0},
         "lora": {"rank": 2, "alpha": 1.0, "targets": "attn-mlp-conv", "text_encoder": True},
     }  # fmt: skip
