@@ -25,8 +25,16 @@ OPTIMIZER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_base(folder: Path) -> Path:
-    """A pipeline with random weights, as small as diffusers makes it: one block down, one up, nothing between."""
+def make_base(
+    folder: Path, *, widths: tuple[int, ...] = (8,), middle: str | None = None, text_width: int = 8, text_layers: int = 1
+) -> Path:
+    """A pipeline with random weights, by default as small as diffusers makes it: one block down, one up, nothing between.
+
+    Args:
+        widths: channels of the UNet's blocks down and, backwards, up.
+        middle: diffusers' word for the block between, or None.
+        text_width, text_layers: of the text encoder.
+    """
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "words")
     vae = AutoencoderKL(
@@ -34,13 +42,14 @@ def make_base(folder: Path) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), mid_block_type=None,
+        sample_size=16, block_out_channels=widths, layers_per_block=1, norm_num_groups=4, cross_attention_dim=text_width,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths), mid_block_type=middle,
     )  # fmt: skip
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+            vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=2 * text_width, num_hidden_layers=text_layers,
+            num_attention_heads=2, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
         )
     )  # fmt: skip
     pretrain.export(folder / "pipeline", vae, nn.ModuleDict({"unet": unet, "text_encoder": text}), tokenizer, 0.5)

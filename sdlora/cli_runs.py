@@ -125,7 +125,7 @@ def train_many(
     """
     from sdlora import config, many
 
-    leads = int(os.environ.get("RANK", "0")) == 0
+    leads = is_first()
     jobs = many.expand(configs, changes, sweep)
     folder = out or many.default_folder(jobs, first_name=config.load(configs[0], changes=list(changes)).name)
     if dry_run:
@@ -141,6 +141,11 @@ def train_many(
     if leads:
         _compare(jobs, ended, folder, swept=bool(sweep))
     raise typer.Exit(many.exit_code(ended))
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks; a launcher numbers those that it starts."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def show(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

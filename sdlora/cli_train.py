@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdlora import cli_runs
+from sdlora.cli_runs import is_first
 from sdlora.errors import UserError
 from sdlora.progress import Bars, console, progress
 
@@ -98,11 +99,6 @@ def train_one(run: Config, folder: Path, *, allow_changes: bool) -> Path:
     from sdlora import run_folder
 
     return follow(run, folder, resume=run_folder.is_unfinished(folder), allow_changes=allow_changes)
-
-
-def is_first() -> bool:
-    """Whether this is the process that speaks; a launcher numbers those that it starts."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:

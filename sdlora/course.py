@@ -223,8 +223,8 @@ def is_stopping(go: Course) -> bool:
 
 
 def stopped(go: Course, step: int) -> Iterator[Event]:
-    """The end before the end; all is saved."""
-    yield noted(go, Stopped(step, run_folder.checkpoint_path(go.folder, go.run.name, step)))
+    """The end before the end; all is saved, and the same command goes on, after the last step to the report."""
+    yield noted(go, Stopped(step, run_folder.lora_path(go.folder, go.run, step)))
     run_folder.forget(go.folder, "stop")
 
 
@@ -242,8 +242,7 @@ def finished(go: Course, began: float) -> Iterator[Event]:
                 yield event if isinstance(event, Proving) else noted(go, event)
                 if not isinstance(event, Reported) and run_folder.is_asked(go.folder, "stop"):
                     processes.wait()
-                    yield noted(go, Stopped(run.steps, path))  # the LoRA is there; the same command makes the report
-                    run_folder.forget(go.folder, "stop")
+                    yield from stopped(go, run.steps)
                     return
     processes.wait()
     yield noted(go, Done(path, time.monotonic() - began))

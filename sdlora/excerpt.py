@@ -109,7 +109,7 @@ def speech_of(base: Base, run: Config, said: Sequence[str], *, chunks: int, ahea
         ahead: whether the states are made before the first step.
     """
     prior = run.regularisation == "prediction"
-    every = [*said, *sorted({prepare.class_caption(run, words) for words in said} - set(said))] if prior else list(said)
+    every = prepare.with_prior(run, said)
     tokens = text.tokens(base, every, chunks=chunks)
     states = base_model.joined([text.encode(base, tokens[[row]]) for row in range(len(every))]) if ahead or prior else None
     return Speech({words: row for row, words in enumerate(every)}, tokens, states if ahead else None, states if prior else None)

@@ -150,7 +150,7 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
     kinds = excerpt.kinds(data, batch=run.batch, seed=run.seed)
     chosen, every = excerpt.fullest(kinds), excerpt.heard(run, data)
     trains_text = any(part != "unet" for part in adapters.add_lora(base, run))
-    ahead = not trains_text and len(every) <= prepare.MOST_STATES
+    ahead = prepare.is_ahead(every, trains_text=trains_text)
     said = excerpt.wanted(run, data, chosen)[1]
     speech = excerpt.speech_of(base, run, said, chunks=text.chunk_count(base, every), ahead=ahead)
     seen = excerpt.placeholders(data, base.reduction)

@@ -22,7 +22,6 @@ from sdlora import (
     devices,
     generate,
     linked,
-    lora,
     regularisation,
     text,
     validation,
@@ -192,13 +191,23 @@ def class_caption(run: Config, caption: str) -> str:
 @torch.no_grad()
 def listen(base: Base, run: Config, data: Material, *, trains_text: bool, folder: Path | None) -> Speech:
     """Tokens of all that the run will hear, and the states unless they change while it trains."""
-    heard = materials.everything_said(data, batch=run.batch, batches=run.steps * run.optimizer.accumulation, seed=run.seed)
-    prior = run.regularisation == "prediction"
-    heard += sorted({class_caption(run, words) for words in heard} - set(heard)) if prior else []
+    said = materials.everything_said(data, batch=run.batch, batches=run.steps * run.optimizer.accumulation, seed=run.seed)
+    heard = with_prior(run, said)
     tokens = text.tokens(base, heard)
-    ahead = not trains_text and len(heard) <= MOST_STATES
-    states = cache.text_states(base, tokens, folder=folder) if ahead else None
-    return Speech({words: row for row, words in enumerate(heard)}, tokens, states, untouched(base, tokens, folder) if prior else None)
+    states = cache.text_states(base, tokens, folder=folder) if is_ahead(heard, trains_text=trains_text) else None
+    prior = untouched(base, tokens, folder) if run.regularisation == "prediction" else None
+    return Speech({words: row for row, words in enumerate(heard)}, tokens, states, prior)
+
+
+def with_prior(run: Config, said: Sequence[str]) -> list[str]:
+    """Captions, and for prior prediction the same with the class word behind them; each once."""
+    more = {class_caption(run, words) for words in said} - set(said) if run.regularisation == "prediction" else set()
+    return [*said, *sorted(more)]
+
+
+def is_ahead(heard: Sequence[str], *, trains_text: bool) -> bool:
+    """Whether all texts are encoded before the first step: their encoders do not change, and they are not too many."""
+    return not trains_text and len(heard) <= MOST_STATES
 
 
 def every(run: Config) -> int:
@@ -232,9 +241,5 @@ def examination(
 
 def untouched(base: Base, tokens: Tokens, folder: Path | None) -> TextStates:
     """Text states as the base's own encoders say them, the LoRA silent."""
-    for part in base.parts.values():
-        lora.set_strength(part, 0.0)
-    states = cache.text_states(base, tokens, folder=folder)
-    for part in base.parts.values():
-        lora.set_strength(part, 1.0)
-    return states
+    with validation.answering(base, strength=0.0):
+        return cache.text_states(base, tokens, folder=folder)

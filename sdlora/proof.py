@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from sdlora import base_model, compare, files, generate, images, lora, report, run_folder, samples, validation, verdict
-from sdlora.base_model import Base
+from sdlora import base_model, compare, files, generate, images, lora, report, report_facts, run_folder, samples, validation, verdict
 from sdlora.compare import Column
 from sdlora.config import Config
 from sdlora.events import Event, Proving, Reported, Validated
@@ -35,7 +34,8 @@ def proof(run: Config, folder: Path, ready: Prepared) -> Iterator[Event]:
     """
     base = ready.base
     base_model.set_training(base, False)
-    silence(base)
+    for part in base.parts.values():
+        lora.silence(part)
     found = judged(run, folder, ready)
     sheet = folder / "compare.png" if run.sample_every else None
     if sheet:
@@ -52,44 +52,31 @@ def proof(run: Config, folder: Path, ready: Prepared) -> Iterator[Event]:
 def judged(run: Config, folder: Path, ready: Prepared) -> Verdict | None:
     """The verdict on all checkpoints that were looked at, left in `verdict.json`; None if none was."""
     looks = looked_at(folder)
-    saved = {look.step for look in looks if look.step and file_of(run, folder, look.step).is_file()}
+    saved = {look.step for look in looks if look.step and run_folder.lora_path(folder, run, look.step).is_file()}
     if not ready.exam or not saved:
         return None
-    file = file_of(run, folder, verdict.recommended(looks, saved=saved))
+    file = run_folder.lora_path(folder, run, verdict.recommended(looks, saved=saved))
     generate.load_lora(ready.base, LoRA(file))
     strengths = validation.losses_at_strengths(ready.base, ready.exam, batch=PAIRS)
     found = verdict.verdict(looks, strengths=strengths, saved=saved)
-    silence(ready.base)
     told = asdict(found) | {"path": str(file.relative_to(folder)), "trigger": run.trigger}
     files.write(folder / "verdict.json", json.dumps(told, indent=2, ensure_ascii=False).encode())
     return found
 
 
-def silence(base: Base) -> None:
-    """Nothing but the base answers."""
-    for part in base.parts.values():
-        lora.silence(part)
-
-
 def looked_at(folder: Path) -> list[Validated]:
     """All looks of a run in the order of their steps."""
-    rows = {row["step"]: row for row in run_folder.rows(folder) if row["event"] == "validated"}
-    return [Validated(step, row["loss"], row["seen_loss"], tuple(row["bands"]), row["drift"]) for step, row in sorted(rows.items())]
-
-
-def file_of(run: Config, folder: Path, step: int) -> Path:
-    """The LoRA file of a step; that of the last is the result."""
-    return run_folder.result_path(folder, run.name) if step == run.steps else run_folder.checkpoint_path(folder, run.name, step)
+    looks = {row["step"]: report_facts.look_of(row) for row in run_folder.each_row(folder) if row["event"] == "validated"}
+    return [looks[step] for step in sorted(looks)]
 
 
 def columns(run: Config, folder: Path, found: Verdict | None) -> list[Column]:
     """No LoRA, the recommended checkpoint at several strengths, and the first and the last at the recommended one."""
     best, strength = (found.step, found.strength) if found else (run.steps, 1.0)
-    saved = sorted(int(path.stem.rpartition("-")[2]) for path in (folder / "checkpoints").glob(f"{run.name}-*.safetensors"))
-    steps = sorted({best, *saved[:1], run.steps})
+    steps = sorted({best, *[*run_folder.checkpoints(folder, run.name)][:1], run.steps})
     across = [Column("no LoRA")]
     for step in steps:
         for value in sorted({strength, *BESIDE}) if step == best else [strength]:
             word = ", best" if found and (step, value) == (best, strength) else ""
-            across.append(Column(f"step {step}{word}\nstrength {value:g}", (LoRA(file_of(run, folder, step), value),)))
+            across.append(Column(f"step {step}{word}\nstrength {value:g}", (LoRA(run_folder.lora_path(folder, run, step), value),)))
     return across

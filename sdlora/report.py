@@ -11,12 +11,9 @@ import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
-
-from PIL import Image
 
 import sdlora
-from sdlora import files, report_curves, report_facts, report_markdown, report_page, report_settings
+from sdlora import files, report_curves, report_facts, report_markdown, report_page, report_settings, runs
 from sdlora.amounts import counted, duration, size
 from sdlora.report_blocks import (
     Block,
@@ -38,24 +35,12 @@ from sdlora.report_blocks import (
 )  # fmt: skip
 from sdlora.report_curves import evenly
 from sdlora.report_facts import Facts, LoRAPath
+from sdlora.verdict import Verdict
 
 _STEPS = 8  # pictures of a prompt; more are not compared but counted
 _FILES = 4  # with their hashes in sight; more are folded away
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 _FORECAST = {"step_s": "One step", "total_s": "The whole run", "peak_bytes": "Memory at most", "disk_bytes": "On the disk"}
-
-
-class Verdict(Protocol):
-    """What is recommended: the checkpoint of a step at a strength, why in a sentence, and what to beware of, if anything."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def strength(self) -> float: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def warning(self) -> str: ...
 
 
 def write(folder: Path, *, verdict: Verdict | None, sheet: Path | None) -> Path:
@@ -191,7 +176,7 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
 def _example(facts: Facts) -> str:
     """A prompt that calls the LoRA: that of the first sample if there is one."""
     samples = [path for pictures in facts.samples.values() for path in pictures.values()]
-    prompt, trigger = _prompt_of(samples[0]) if samples else "", facts.run.trigger
+    prompt, trigger = runs.prompt_in(samples[0]) or "" if samples else "", facts.run.trigger
     return prompt if prompt and trigger in prompt else ", ".join(part for part in (trigger, prompt or "…") if part)
 
 
@@ -231,21 +216,11 @@ def _progress(facts: Facts, verdict: Verdict | None) -> Iterator[Block]:
         of_steps = {step: facts.samples[step][prompt] for step in steps if step in shown and prompt in facts.samples[step]}
         if of_steps:
             cells = [Cell(path, _label(step), "recommended" if verdict and verdict.step == step else "") for step, path in of_steps.items()]
-            yield Strip((_prompt_of(next(iter(of_steps.values()))) or f"prompt {prompt + 1}",), tuple(cells))
+            yield Strip((runs.prompt_in(next(iter(of_steps.values()))) or f"prompt {prompt + 1}",), tuple(cells))
 
 
 def _label(step: int) -> str:
     return f"step {step:,}" if step else "step 0, the base"
-
-
-def _prompt_of(path: Path) -> str:
-    """The prompt that stands in a picture's settings, as A1111 writes them."""
-    try:
-        with Image.open(path) as image:
-            settings = str(image.info.get("parameters", ""))
-    except (OSError, SyntaxError):
-        return ""
-    return settings.rpartition("\nSteps: ")[0].partition("\nNegative prompt: ")[0]
 
 
 def _course(facts: Facts) -> Iterator[Block]:

@@ -8,7 +8,6 @@ time that counts is the time at work: neither pauses nor the hours between a cra
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -18,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sdlora import config
+from sdlora import config, run_folder
 from sdlora.amounts import duration
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -111,7 +110,7 @@ def read(folder: Path) -> Facts:
             _take(log, row, rows[number + 1] if number + 1 < len(rows) else None)
         except (KeyError, TypeError, ValueError):
             log.unreadable += 1
-    result = folder / f"{run.name}.safetensors"
+    result = run_folder.result_path(folder, run.name)
     steps = tuple(log.steps[step] for step in sorted(log.steps))
     last = steps[-1].step if steps else 0
     return Facts(
@@ -126,11 +125,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines that are whole, and how many are not."""
     rows, torn = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("event"), str):
+        if row := run_folder.parsed(line):
             rows.append(row)
         else:
             torn += bool(line.strip())
@@ -148,7 +143,7 @@ def _take(log: _Log, row: dict[str, Any], following: dict[str, Any] | None) -> N
             taken = Step(int(row["step"]), _number(row["loss"]), _number(row["rate"]), _number(row["step_s"]))
             log.steps[taken.step] = taken
         case "validated":
-            look = _look(row)
+            look = look_of(row)
             log.looks[look.step] = look
         case "sampled":
             log.samples[int(row["step"])] = [Path(name).name for name in row["paths"]]
@@ -190,7 +185,8 @@ def _told(row: Mapping[str, Any], following: Mapping[str, Any]) -> str:
     return ""
 
 
-def _look(row: Mapping[str, Any]) -> Validated:
+def look_of(row: Mapping[str, Any]) -> Validated:
+    """A look at held-out pictures, from its line in the metrics."""
     held_out = None if row["loss"] is None else _number(row["loss"])
     bands = tuple(_number(one) for one in row["bands"])
     return Validated(int(row["step"]), held_out, _number(row["seen_loss"]), bands, _number(row["drift"]))
@@ -221,9 +217,7 @@ def _pictures(folder: Path, names: Sequence[str]) -> dict[int, Path]:
 
 
 def _loras(folder: Path, name: str, result: Path, last_step: int) -> list[LoRAPath]:
-    paths = (folder / "checkpoints").glob("*.safetensors")
-    found = [(re.fullmatch(re.escape(name) + r"-(\d+)", path.stem), path) for path in paths]
-    saved = sorted((LoRAPath(int(number[1]), path) for number, path in found if number), key=lambda one: one.step)
+    saved = [LoRAPath(step, path) for step, path in run_folder.checkpoints(folder, name).items()]
     return [*saved, *([LoRAPath(last_step, result)] if result.is_file() else [])]
 
 

@@ -42,15 +42,8 @@ def opened(folder: Path, *, resume: bool) -> Iterator[None]:
     """
     if not resume:
         check_free(folder)
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
-    files.make_folder(folder)
-    try:
-        with run_lock.held(folder):
-            yield
-    finally:
-        with suppress(OSError):  # not empty, or lost with its disk
-            for one in made:
-                one.rmdir()
+    with run_lock.held(folder):
+        yield
 
 
 def check_free(folder: Path) -> None:
@@ -123,12 +116,17 @@ def each_row(folder: Path) -> Iterator[dict[str, Any]]:
     """The same one by one: a run of 10,000 steps looks for a few of 10,000 lines, which would take 10 MB together."""
     with suppress(OSError), (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "event" in row:
+            if row := parsed(line):
                 yield row
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """One line of `metrics.jsonl`; None if it is torn, or tells of no event."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("event"), str) else None
 
 
 def ask(folder: Path, request: str) -> None:
@@ -161,6 +159,17 @@ def newest_sample(folder: Path) -> Path | None:
 def checkpoint_path(folder: Path, name: str, step: int) -> Path:
     """Where the LoRA of a step lies."""
     return folder / "checkpoints" / f"{name}-{step:06d}.safetensors"
+
+
+def lora_path(folder: Path, run: Config, step: int) -> Path:
+    """Where the LoRA of a step lies, that of the last being the result."""
+    return result_path(folder, run.name) if step == run.steps else checkpoint_path(folder, run.name, step)
+
+
+def checkpoints(folder: Path, name: str) -> dict[int, Path]:
+    """The LoRA files of a run's steps that are there, by step, ascending."""
+    named = re.compile(re.escape(name) + r"-(\d{6,})\.safetensors")
+    return dict(sorted((int(found[1]), path) for path in (folder / "checkpoints").glob("*") if (found := named.fullmatch(path.name))))
 
 
 def states_path(folder: Path) -> Path:

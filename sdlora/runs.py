@@ -119,13 +119,18 @@ def pictures(folder: Path) -> list[Drawn]:
     """The sample pictures of a run by step and number, with their prompts; what cannot be read as a picture is left out."""
     found = []
     for path in (folder / "samples").glob("*.png"):
-        if named := _SAMPLE.fullmatch(path.name):
-            try:
-                with Image.open(path) as image:
-                    found.append(Drawn(int(named[1]), int(named[2]), path, prompt_of(str(image.info.get("parameters", "")))))
-            except OSError:
-                continue
+        if (named := _SAMPLE.fullmatch(path.name)) and (prompt := prompt_in(path)) is not None:
+            found.append(Drawn(int(named[1]), int(named[2]), path, prompt))
     return sorted(found, key=lambda one: (one.step, one.number))
+
+
+def prompt_in(path: Path) -> str | None:
+    """The prompt that a picture was drawn from, "" if it does not say; None if it cannot be read as a picture."""
+    try:
+        with Image.open(path) as image:
+            return prompt_of(str(image.info.get("parameters", "")))
+    except (OSError, SyntaxError):
+        return None
 
 
 def prompt_of(settings: str) -> str:

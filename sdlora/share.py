@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -112,9 +111,7 @@ def choose(told: Run, run: Config, checkpoint: int | None) -> Choice:
         UserError: if there is none.
     """
     best, result = told.best, run_folder.result_path(told.folder, run.name)
-    named = re.compile(re.escape(run.name) + r"-(\d{6,})\.safetensors")
-    paths = {int(found[1]): path for path in (told.folder / "checkpoints").glob("*") if (found := named.fullmatch(path.name))}
-    paths |= {run.steps: result} if result.is_file() else {}
+    paths = run_folder.checkpoints(told.folder, run.name) | ({run.steps: result} if result.is_file() else {})
     if checkpoint is None and best and best.path:
         return Choice(best.path, best.step, best.strength, best.reason)
     step = run.steps if checkpoint is None else checkpoint

@@ -230,7 +230,7 @@ def _heard(run: Config, base: Base, data: Material, chosen: Sequence[Kind], cloc
     every = excerpt.heard(run, data)
     chunks, (_, said) = text.chunk_count(base, every), excerpt.wanted(run, data, chosen)
     clock.lap("start")
-    speech = excerpt.speech_of(base, run, said, chunks=chunks, ahead=not trains_text and len(every) <= prepare.MOST_STATES)
+    speech = excerpt.speech_of(base, run, said, chunks=chunks, ahead=prepare.is_ahead(every, trains_text=trains_text))
     speak_s = clock.lap("speak") / len(speech.rows) if speech.states is not None else 0.0
     base_model.send_away(base, text=speech.states is not None)
     return speech, speak_s

@@ -48,7 +48,6 @@ def run(*words: str, cwd: Path | None = None) -> tuple[int, str, str]:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["sdlora", *words])
-            patch.setattr(cli.console, "file", out)
             cli.main()
     except SystemExit as ending:
         code = int(ending.code or 0)
