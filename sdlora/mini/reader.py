@@ -264,11 +264,19 @@ def _nothing_costs(pixels: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
 
 def _label_costs(window: Pixels, wall: _Wall, *, leaded: bool) -> Pixels:
     """What it costs to call each pixel wall or a tone of each colour: (colour, label x pixel), 0 to 1."""
-    colours = [[world._tone(tone, colour) for tone in TONES] for colour in world.COLOURS.values()]
-    flat = window.reshape(-1, 3)
-    tones = np.minimum(_distance(flat, np.array(colours, dtype=np.float32)[:, :, None]), FAR) / FAR
-    walls = np.broadcast_to(_nothing_costs(flat, wall, leaded=leaded), (len(colours), 1, len(flat)))
-    return np.asarray(np.concatenate([walls, tones], axis=1).reshape(len(colours), -1), dtype=np.float32)
+    flat, count = window.reshape(-1, 3), len(world.COLOURS)
+    tones, lengths = _tones()
+    squares = lengths[:, None] - 2 * tones @ flat.T + np.einsum("pc,pc->p", flat, flat)  # of distances; one product instead of 40 x 1024
+    distances = np.sqrt(np.clip(squares, 0, FAR**2)).reshape(count, len(TONES), len(flat)) / FAR
+    walls = np.broadcast_to(_nothing_costs(flat, wall, leaded=leaded), (count, 1, len(flat)))
+    return np.asarray(np.concatenate([walls, distances], axis=1).reshape(count, -1), dtype=np.float32)
+
+
+@cache
+def _tones() -> tuple[Pixels, Pixels]:
+    """Each tone of each colour, colour by colour [colours x tones, 3], and the square of its length."""
+    tones = np.array([world._tone(tone, colour) for colour in world.COLOURS.values() for tone in TONES], dtype=np.float32)
+    return tones, np.asarray(np.einsum("tc,tc->t", tones, tones), dtype=np.float32)
 
 
 def _match(picture: Image.Image, square: Box, wall: _Wall, size: float | None) -> Finding:
