@@ -12,7 +12,7 @@ HOUSE = (
     (
         "pure parts",
         "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer "
-        "picture_checks recipes amounts model_card charts report_blocks report_style report_markdown verdict mini.world",
+        "picture_checks recipes amounts model_card charts report_blocks report_style report_markdown verdict prompts png_settings mini.world",
     ),
     (
         "disk and models",
@@ -29,7 +29,7 @@ HOUSE = (
     ),
     (
         "stories",
-        "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare mini.evaluate",
+        "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare jobs mini.evaluate",
     ),
     (
         "roof",
