@@ -12,7 +12,8 @@ HOUSE = (
     (
         "pure parts",
         "buckets captions images noise loss averaging deltas lora_names lora_metadata lora_adapters lora optimizer "
-        "picture_checks recipes amounts model_card charts report_blocks report_style report_markdown verdict prompts png_settings mini.world",
+        "picture_checks recipes amounts model_card charts report_blocks report_style report_markdown verdict "
+        "prompts png_settings mini.world",
     ),
     (
         "disk and models",
@@ -29,7 +30,8 @@ HOUSE = (
     ),
     (
         "stories",
-        "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare jobs mini.evaluate",
+        "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare "
+        "jobs mini.evaluate",
     ),
     (
         "roof",
