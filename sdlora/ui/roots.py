@@ -7,10 +7,12 @@ such as "../x", "C:\\x" or a link that points out of a root finds nothing.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdlora import hub
 from sdlora.errors import UserError
 
 
@@ -43,7 +45,35 @@ def key_of(root: Path, path: Path) -> str:
 
 def listed(roots: Sequence[Path], wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """What lies in some roots at any depth and is wanted, by id, in order of its place; what a link leads out of its root is left out."""
-    return {key_of(root, path): path for root in roots for path in _inside(root) if wanted(path)}
+    return {key_of(root, path): path for root in roots for path in inside(root) if wanted(path)}
+
+
+def bases(roots: Roots) -> dict[str, Path]:
+    """The checkpoints and diffusers folders in `roots.bases`, by id; what lies inside of a diffusers folder is part of it."""
+    found = listed([roots.bases], lambda path: (path / "model_index.json").is_file() or path.suffix.lower() == ".safetensors")
+    folders = [path for path in found.values() if path.is_dir()]
+    return {key: path for key, path in found.items() if not any(folder in path.parents for folder in folders)}
+
+
+def base_name(roots: Roots, word: str) -> str:
+    """What a base is called below the roof, for a word from the browser: "mini", an id of `bases`, or a name on the Hugging Face hub.
+
+    Raises:
+        UserError: if it is none of them; a path is none.
+    """
+    offered = bases(roots)
+    if word in offered:
+        return str(offered[word])
+    if word == "mini" or (hub.is_name(word) and not Path(word).exists()):
+        return word
+    raise UserError(
+        f'Base {shown(word)} is not offered; choose "mini", one of those in {roots.bases}, or type a name of the hub such as "owner/name".'
+    )
+
+
+def shown(word: str) -> str:
+    """A word from the browser as part of a sentence: quoted, short, on one line, without control characters."""
+    return repr(word if len(word) <= 80 else f"{word[:40]}…{word[-39:]}").encode("utf-8", "backslashreplace").decode()
 
 
 def find(key: str, offered: dict[str, Path], *, what: str) -> Path:
@@ -55,15 +85,27 @@ def find(key: str, offered: dict[str, Path], *, what: str) -> Path:
     Raises:
         UserError: if nothing of that id is there now.
     """
-    if key not in offered:
+    if not isinstance(key, str) or key not in offered:  # a direct post may send anything
         raise UserError(f"That {what} is not there (any more); look again and choose from the list.")
     return offered[key]
 
 
-def _inside(root: Path) -> Iterator[Path]:
-    if not root.is_dir():
+def inside(root: Path) -> Iterator[Path]:
+    """Everything in a folder at any depth, in order of its place; hidden things and links that lead out of it are left out."""
+    if root.is_dir():
+        yield from _below(root, root.resolve())
+
+
+def _below(folder: Path, real: Path) -> Iterator[Path]:
+    """A link is looked at where it leads; what else lies in a folder of the root lies in the root."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # a folder that may not be read, or that has just gone
         return
-    real = root.resolve()
-    for path in sorted(root.rglob("*")):
-        if path.resolve().is_relative_to(real) and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            yield path
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith(".") or (entry.is_symlink() and not path.resolve().is_relative_to(real)):
+            continue
+        yield path
+        if entry.is_dir(follow_symlinks=False):  # a linked folder could lead round in a circle
+            yield from _below(path, real)
