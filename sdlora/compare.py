@@ -6,7 +6,7 @@ whether a LoRA did anything can only be judged beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from sdlora.generate import LoRA, Request
 CELL_PX = 160  # smaller pictures are enlarged to at least this
 GAP_PX = 6
 LABEL_PX = 150
-PAPER, INK, FAINT = (250, 249, 246), (40, 38, 44), (120, 116, 126)
+HEAD_PX, GROUP_PX, TITLE_PX = 48, 26, 30
+PAPER, INK, FAINT, EMPTY = (250, 249, 246), (40, 38, 44), (120, 116, 126), (236, 234, 229)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -53,31 +55,102 @@ def draw(base: Base, requests: list[Request], across: list[Column]) -> Iterator[
     yield arrange(cells, [request.prompt for request in requests], [column.label for column in across])
 
 
-def arrange(cells: list[list[Image.Image]], rows: list[str], across: list[str]) -> Image.Image:
-    """The pictures as a table with labels above and to the left."""
-    width, height = _enlarged(cells[0][0]).size
+@dataclass(frozen=True)
+class Frame:
+    """Where the cells of a sheet lie, in px: the first one's corner, a cell's size without the gap, and how many there are."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    rows: int
+    columns: int
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """The upper left corner of a cell."""
+        return self.left + column * (self.width + GAP_PX), self.top + row * (self.height + GAP_PX)
+
+    def cell_at(self, x: float, y: float) -> tuple[int, int] | None:
+        """The row and column of the cell at a point of the sheet; None beside the cells."""
+        column, row = int((x - self.left) // (self.width + GAP_PX)), int((y - self.top) // (self.height + GAP_PX))
+        return (row, column) if 0 <= row < self.rows and 0 <= column < self.columns else None
+
+
+def frame(size_px: tuple[int, int], rows: int, columns: int, *, groups: bool = False, title: bool = False) -> Frame:
+    """The frame of a sheet whose pictures have a size."""
+    factor = _factor(size_px)
+    top = HEAD_PX + (GROUP_PX if groups else 0) + (TITLE_PX if title else 0)
+    return Frame(LABEL_PX + GAP_PX, top, size_px[0] * factor, size_px[1] * factor, rows, columns)
+
+
+def arrange(
+    cells: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[str],
+    across: Sequence[str],
+    *,
+    groups: Sequence[str] = (),
+    title: str = "",
+    size_px: tuple[int, int] | None = None,
+) -> Image.Image:
+    """The pictures as a table with labels above and to the left.
+
+    Args:
+        cells: by row; None where nothing is drawn yet.
+        rows: the rows' labels.
+        across: the columns' labels, a second line being fainter.
+        groups: a word above each column; neighbours with the same one share it.
+        title: what all cells have in common, above everything.
+        size_px: of a picture; needed while none is drawn.
+    """
+    size = size_px or next(image.size for row in cells for image in row if image)
+    grid = frame(size, len(rows), len(across), groups=any(groups), title=bool(title))
     font = ImageFont.load_default(15)
-    sheet = Image.new("RGB", (LABEL_PX + len(across) * (width + GAP_PX) + GAP_PX, 48 + len(rows) * (height + GAP_PX)), PAPER)
+    sheet = Image.new("RGB", grid.corner(len(rows), len(across)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for column, label in enumerate(across):
-        first, _, second = _fitting(label, width, font).partition("\n")
-        centre = LABEL_PX + GAP_PX + column * (width + GAP_PX) + width / 2
-        pen.text((centre, 15 if second else 24), first, INK, font, "mm")
-        pen.text((centre, 33), second, FAINT, font, "mm")
+    if title:
+        pen.text((GAP_PX + 2, TITLE_PX / 2 + 2), _fitting(title, sheet.width - 2 * GAP_PX, font), FAINT, font, "lm")
+    _draw_heads(pen, grid, across, groups, font)
     for row, (label, images) in enumerate(zip(rows, cells, strict=True)):
-        top = 48 + row * (height + GAP_PX)
-        pen.multiline_text((LABEL_PX - 8, top + height / 2), _wrapped(label, LABEL_PX - 16, font), INK, font, "rm", align="right")
+        middle = grid.corner(row, 0)[1] + grid.height / 2
+        pen.multiline_text((LABEL_PX - 8, middle), _wrapped(label, LABEL_PX - 16, font), INK, font, "rm", align="right")
         for column, image in enumerate(images):
-            sheet.paste(_enlarged(image), (LABEL_PX + GAP_PX + column * (width + GAP_PX), top))
+            left, top = grid.corner(row, column)
+            if image:
+                sheet.paste(_enlarged(image), (left, top))
+            else:
+                pen.rectangle((left, top, left + grid.width - 1, top + grid.height - 1), EMPTY)
     return sheet
 
 
+def _draw_heads(pen: ImageDraw.ImageDraw, grid: Frame, across: Sequence[str], groups: Sequence[str], font: Font) -> None:
+    """The columns' labels, and a line under the columns of one group with the group's word above it."""
+    for column, label in enumerate(across):
+        first, _, second = _fitting(label, grid.width, font).partition("\n")
+        centre = grid.corner(0, column)[0] + grid.width / 2
+        pen.text((centre, grid.top - (33 if second else 24)), first, INK, font, "mm")
+        pen.text((centre, grid.top - 15), second, FAINT, font, "mm")
+    begin = 0
+    for column in range(1, len(groups) + 1):
+        if column < len(groups) and groups[column] == groups[begin]:
+            continue
+        if groups[begin]:
+            left, right = grid.corner(0, begin)[0], grid.corner(0, column - 1)[0] + grid.width
+            line = grid.top - HEAD_PX + 2
+            pen.line((left, line, right - 1, line), FAINT)
+            pen.text(((left + right) / 2, line - GROUP_PX / 2), _fitting(groups[begin], right - left, font), INK, font, "mm")
+        begin = column
+
+
+def _factor(size_px: tuple[int, int]) -> int:
+    return max(1, -(-CELL_PX // min(size_px)))
+
+
 def _enlarged(image: Image.Image) -> Image.Image:
-    factor = -(-CELL_PX // min(image.size))
+    factor = _factor(image.size)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) if factor > 1 else image
 
 
-def _fitting(label: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fitting(label: str, width: float, font: Font) -> str:
     """The label, each line cut to a width."""
     lines = []
     for line in label.split("\n"):
@@ -88,7 +161,7 @@ def _fitting(label: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.
     return "\n".join(lines)
 
 
-def _wrapped(words: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, most_lines: int = 7) -> str:
+def _wrapped(words: str, width: float, font: Font, *, most_lines: int = 7) -> str:
     """The words in lines of at most a width."""
     lines = [""]
     for word in words.split():

@@ -31,7 +31,7 @@ HOUSE = (
     (
         "stories",
         "report proof prepare pausing course train excerpt trial trial_process forecast plan share comparison many compare "
-        "jobs mini.evaluate",
+        "jobs sheets mini.evaluate",
     ),
     (
         "roof",
