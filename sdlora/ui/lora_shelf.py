@@ -1,0 +1,142 @@
+"""The LoRA files and runs that the page offers, by id: their facts, their names, and a small picture of each.
+
+Facts come from headers and are remembered (`shelf.facts`); so are the small pictures, the newest few hundred of them. Pictures are made
+small here and travel inside the page's text, so that no file of a LoRA folder has to be served.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from sdlora import images, run_lock, runs, shelf
+from sdlora.errors import UserError
+from sdlora.runs import Run
+from sdlora.shelf import Facts
+from sdlora.ui import roots as places
+from sdlora.ui.roots import Roots
+
+FAMILIES = {"mini": "mini", "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "other": "?"}
+ORDERS = ("newest", "name", "size")
+SMALL_PX = 256
+_LIMIT_PX = 40_000_000  # of a picture that somebody put beside a file
+
+
+@dataclass(frozen=True)
+class Item:
+    """A LoRA file of the list: its id, the name that is shown, what it tells, and the run folder that it is of."""
+
+    key: str
+    shown: str
+    facts: Facts
+    run: Path | None
+
+
+def paths(roots: Roots) -> dict[str, Path]:
+    """All LoRA files by id; the states that runs can go on from are none."""
+    return places.listed([roots.runs, roots.loras], _is_lora)
+
+
+def _is_lora(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors" and "state" not in path.parts[-3:-1] and path.is_file()
+
+
+def items(roots: Roots) -> list[Item]:
+    """All LoRA files with their facts. A file's name is shown alone if it is the only one of that name."""
+    found = paths(roots)
+    stems = Counter(path.stem for path in found.values())
+    listed = []
+    for key, path in found.items():
+        folder = shelf.run_of(path)
+        above = path.parent if path.parent.name != "checkpoints" else path.parent.parent
+        shown = path.stem if stems[path.stem] == 1 else f"{above.name}/{path.stem}"
+        listed.append(Item(key, shown, shelf.facts(path), folder))
+    return listed
+
+
+def item(roots: Roots, key: str) -> Item:
+    """One of them.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    places.find(key, paths(roots), what="LoRA")
+    return next(one for one in items(roots) if one.key == key)
+
+
+def matching(found: Iterable[Item], *, words: str = "", family: str = "", order: str = "newest") -> list[Item]:
+    """Those in which every word stands (in name, trigger words, base, run or notes), of one family or any, in one of `ORDERS`.
+
+    Raises:
+        UserError: if the order is unknown.
+    """
+    keys = {"newest": lambda one: -one.facts.written_s, "name": lambda one: one.shown.lower(), "size": lambda one: -one.facts.size_bytes}
+    if order not in keys:
+        raise UserError(f"Order {places.shown(str(order))} is unknown; there are {', '.join(ORDERS)}.")
+    wanted = words.lower().split()
+    kept = [one for one in found if (not family or one.facts.family == family) and all(word in _text(one) for word in wanted)]
+    return sorted(kept, key=keys[order])
+
+
+def _text(one: Item) -> str:
+    told = (one.shown, one.facts.trigger, one.facts.base, one.facts.notes, one.facts.family, one.run.name if one.run else "")
+    return " ".join(told).lower()
+
+
+def run_folders(roots: Roots) -> dict[str, Path]:
+    """All run folders by id."""
+    return places.listed([roots.runs], lambda path: path.is_dir() and runs.is_run(path))
+
+
+def look(folder: Path) -> Run:
+    """A run as it is now; a folder in which nothing has changed is not read anew, as the metrics of a long run have megabytes."""
+    stamps = tuple(_stamp(folder / name) for name in ("metrics.jsonl", "config.toml", "verdict.json", "checkpoints", "samples"))
+    return _looked(folder, stamps, run_lock.owner(folder) is not None, (folder / "pause").exists())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _looked(folder: Path, *_: object) -> Run:
+    return runs.look(folder)
+
+
+def small_picture(path: Path | None) -> str:
+    """A picture as a data address of a small JPEG; "" if there is none or it cannot be read."""
+    if path is None:
+        return ""
+    size, written_ns = _stamp(path)
+    return _small(path, size, written_ns) if written_ns else ""
+
+
+@lru_cache(maxsize=512)
+def _small(path: Path, *_: int) -> str:
+    try:
+        picture = images.open_picture(path, limit_px=_LIMIT_PX, enough_px=(SMALL_PX, SMALL_PX)).image
+    except UserError:
+        return ""
+    if max(picture.size) < SMALL_PX:  # the pictures of the mini base have 64 px: their pixels stay sharp
+        factor = SMALL_PX // max(picture.size)
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((SMALL_PX, SMALL_PX), Image.Resampling.LANCZOS)
+    return data_address(picture)
+
+
+def data_address(picture: Image.Image) -> str:
+    """A picture as text that an `img` shows."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
