@@ -26,11 +26,12 @@ ALONE = "no LoRA"
 
 @dataclass(frozen=True)
 class Voice:
-    """A LoRA file that is compared; a checkpoint carries its run's name and its step."""
+    """A LoRA file that is compared; a checkpoint carries its run's name, its step and its run's folder."""
 
     path: Path
     name: str
     step: int | None = None
+    run: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,12 @@ def plan(request: Request, prompts: Sequence[str], voices: Sequence[Voice], stre
     if rows not in AXES:
         raise UserError(f"Axis {rows!r} is unknown; there are {', '.join(AXES)}.")
     _check(prompts, voices, strengths)
-    names, steps = list(dict.fromkeys(one.name for one in voices)), sorted({one.step or 0 for one in voices})
-    whole = len(names) * len(steps) == len(voices) and 0 not in steps
-    by_key: dict[object, Path] = {(one.name, one.step) if whole else one.path: one.path for one in voices}
+    names, steps = {one.run: one.name for one in voices}, sorted({one.step or 0 for one in voices})
+    whole = len(names) * len(steps) == len(voices) and 0 not in steps and None not in names
+    by_key: dict[object, Path] = {(one.run, one.step) if whole else one.path: one.path for one in voices}
     axes: dict[str, list[_Value]] = {
         "prompt": [_Value(words, words) for words in prompts],
-        "lora": [_Value(name, name) for name in names] if whole else [_Value(one.path, _words(one)) for one in voices],
+        "lora": [_Value(run, name) for run, name in names.items()] if whole else [_Value(one.path, _words(one)) for one in voices],
         "checkpoint": [_Value(step, f"step {step}") for step in steps] if whole else [_Value(None, "")],
         "strength": [_Value(value, f"strength {value:g}") for value in dict.fromkeys(strengths) if value != 0],
     }

@@ -45,7 +45,7 @@ def paths(roots: Roots) -> dict[str, Path]:
 
 
 def _is_lora(path: Path) -> bool:
-    return path.suffix.lower() == ".safetensors" and "state" not in path.parts[-3:-1] and path.is_file()
+    return path.suffix.lower() == ".safetensors" and path.parts[-3:-2] != ("state",) and path.is_file()
 
 
 def items(roots: Roots) -> list[Item]:
@@ -112,6 +112,21 @@ def _stamp(path: Path) -> tuple[int, int]:
 @lru_cache(maxsize=1024)
 def _looked(folder: Path, *_: object) -> Run:
     return runs.look(folder)
+
+
+def choices_of(roots: Roots) -> list[tuple[str, str]]:
+    """What the list of LoRAs offers: what is shown and its id, by name."""
+    return [(one.shown, one.key) for one in matching(items(roots), order="name")]
+
+
+def runs_of(roots: Roots) -> list[tuple[str, str]]:
+    """What the list of runs offers, by name."""
+    return sorted((look(folder).name, key) for key, folder in run_folders(roots).items())
+
+
+def bases_of(roots: Roots) -> list[tuple[str, str]]:
+    """What the list of bases offers."""
+    return [("mini", "mini"), *((path.stem if path.is_file() else path.name, key) for key, path in places.bases(roots).items())]
 
 
 def small_picture(path: Path | None) -> str:
