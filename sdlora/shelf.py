@@ -6,6 +6,7 @@ sound, its hash) is `lora_file.facts`'s, which reads it whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -125,6 +126,18 @@ def tags(path: Path) -> list[tuple[str, int]]:
         for tag, count in one.items() if isinstance(one, dict) else ():
             counts[tag.strip()] += count if isinstance(count, int) and 0 < count < 1 << 40 else 0
     return [(tag, count) for tag, count in counts.most_common(MOST_TAGS) if tag and count]
+
+
+def legacy_hash(path: Path) -> str:
+    """A1111's old hash of a file's weights: 8 hex digits of the SHA-256 of 64 KiB at 0x100000 of all that follows the header.
+
+    Raises:
+        UserError: if the header cannot be read.
+    """
+    start = weights_file.header(path, limit_bytes=weights_file.LORA_HEADER_BYTES).data_start
+    with path.open("rb") as file:
+        file.seek(start + 0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
 def run_of(path: Path) -> Path | None:

@@ -57,7 +57,7 @@ def items(roots: Roots) -> list[Item]:
         folder = shelf.run_of(path)
         above = path.parent if path.parent.name != "checkpoints" else path.parent.parent
         shown = path.stem if stems[path.stem] == 1 else f"{above.name}/{path.stem}"
-        listed.append(Item(key, shown, shelf.facts(path), folder))
+        listed.append(Item(key, shown.encode("utf-8", "replace").decode(), shelf.facts(path), folder))
     return listed
 
 
