@@ -123,6 +123,79 @@ def test_a_long_prompt_is_the_states_of_its_pieces_end_to_end(family: str, opene
     assert_equal(ours, TextStates(expected, firsts))
 
 
+# Each chunk as (words, weight) pieces, one token a word: what the prompt before it must be read as.
+WEIGHTED = [
+    ("a (red:1.5) star", [[("a", 1), ("red", 1.5), ("star", 1)]]),
+    ("a [red] ((star))", [[("a", 1), ("red", 1 / 1.1), ("star", 1.1 * 1.1)]]),
+    ("a red BREAK (star:0.5)", [[("a red", 1)], [("star", 0.5)]]),
+    ("BREAK (a:2) BREAK", [[], [("a", 2)]]),
+    (
+        f"({' '.join(WORDS[:80])}:1.2) star",
+        [[(" ".join(WORDS[:75]), 1.2)], [(" ".join(WORDS[75:80]), 1.2), ("star", 1)]],
+    ),
+    (f"{' '.join(WORDS[:75])} BREAK (star)", [[(" ".join(WORDS[:75]), 1)], [("star", 1.1)]]),
+]  # fmt: skip
+
+
+def chunk_alone(base: Base, place: int, pieces: list[tuple[str, float]]) -> Tensor:
+    """One chunk's states [77, D] by the transformers model alone, weighted, with its mean restored where it has one."""
+    tokenizer, encoder = base.tokenizers[place], base.text_encoders[place]
+    words = [(word, weight) for text_, weight in pieces for word in text_.split()]
+    ids = tokenizer([" ".join(word for word, _ in words)], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    answer = encoder(ids, output_hidden_states=True)
+    states = answer.hidden_states[-2] if base.family == "sdxl" else answer.last_hidden_state
+    weights = torch.tensor([1.0, *(weight for _, weight in words), *[1.0] * (76 - len(words))])
+    loud = states[0] * weights[:, None]
+    has_mean = bool(states.mean().abs() >= 0.01 * states.std())
+    return loud * (states.mean() / loud.mean()) if has_mean and bool((weights != 1).any()) else loud
+
+
+@pytest.mark.parametrize("offset", [0.5, 0.0], ids=["a mean", "hardly a mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_weights_and_breaks_are_those_of_each_chunk_alone(family: str, offset: float, opened: Callable[[str], tuple[Any, Base]]) -> None:
+    _, base = opened(family)
+    for encoder in base.text_encoders:
+        inner = getattr(encoder, "text_model", encoder)
+        inner.final_layer_norm.bias.add_(offset)
+        inner.embeddings.position_embedding.weight.add_(offset)  # SDXL listens before the norm
+    for prompt, chunks in WEIGHTED:
+        ours = text.encode(base, text.weighted(base, [prompt]))
+        expected = [torch.cat([chunk_alone(base, place, chunk) for chunk in chunks]) for place in range(len(base.text_encoders))]
+        torch.testing.assert_close(ours.context[0], torch.cat(expected, dim=-1), rtol=0, atol=2e-5)
+        if ours.pooled is not None:  # the first chunk's sentence, without weights
+            plain = text.encode(base, text.tokens(base, [" ".join(words for words, _ in chunks[0])]))
+            torch.testing.assert_close(ours.pooled, plain.pooled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_without_weights_is_the_same_bytes_as_its_plain_text(family: str, opened: Callable[[str], tuple[Any, Base]]) -> None:
+    _, base = opened(family)
+    for prompt in ("a red star", "", "hello! 100%, a:b", " ".join(WORDS[:80])):
+        assert torch.equal(text.encode(base, text.weighted(base, [prompt])).context, states(base, [prompt]).context)
+    escaped = text.weighted(base, [r"a \(red\) star"])
+    assert torch.equal(escaped.ids[0], text.tokens(base, ["a (red) star"]).ids[0])
+    assert escaped.weights == ()
+
+
+def test_prompts_of_one_batch_do_not_change_each_other(opened: Callable[[str], tuple[Any, Base]]) -> None:
+    _, base = opened("sd1")
+    both = text.weighted(base, ["a (red:1.5) star BREAK a cup", "a fish"])
+    assert both.ids[0].shape == (2, 2, 77)
+    assert torch.equal(both[[1]].weights[0], torch.ones(1, 2, 77))
+    padded = text.encode(base, text.tokens(base, ["a fish"], chunks=2)).context
+    torch.testing.assert_close(text.encode(base, both).context[1:], padded, rtol=0, atol=1e-6)
+
+
+def test_clip_skip_can_be_another_than_the_bases(opened: Callable[[str], tuple[Any, Base]]) -> None:
+    _, base = opened("sd1")
+    asked = text.encode(base, text.tokens(base, ["a"]), clip_skip=2).context
+    base.clip_skip = 2
+    assert torch.equal(asked, states(base, ["a"]).context)
+    with pytest.raises(UserError, match="Clip skip 9 is not one of"):
+        text.encode(base, text.tokens(base, ["a"]), clip_skip=9)
+
+
 def test_no_token_is_dropped_and_none_is_invented(opened: Callable[[str], tuple[Any, Base]]) -> None:
     _, base = opened("sdxl")
     begin, end = base.tokenizers[0].bos_token_id, base.tokenizers[0].eos_token_id
