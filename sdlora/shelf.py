@@ -82,7 +82,7 @@ def _facts(path: Path, size: int, written_ns: int, *_: int) -> Facts:
         header = weights_file.header(path, limit_bytes=weights_file.LORA_HEADER_BYTES)
         family = _family(path, header.tensors, header.metadata)
     except UserError as problem:
-        return Facts(path, size, written_ns / 1e9, notes=beside.notes, trouble=str(problem))
+        return Facts(path, size, written_ns / 1e9, notes=beside.notes, trouble=str(problem).replace(str(path), path.name))
     ranks = {entry.shape[0] for key, entry in header.tensors.items() if entry.shape and _RANKED.search(key)}
     told = header.metadata
     return Facts(

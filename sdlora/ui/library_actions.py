@@ -55,10 +55,8 @@ def clean(text: str) -> str:
 # --- looking ------------------------------------------------------------------------------------------------------------------
 
 
-def shelf_of(
-    roots: Roots, what: str, search: str, family: str, order: str, page: Any, language: str
-) -> tuple[str, int, list[tuple[str, str]]]:
-    """The cards of a page, how many pages there are, and what the list of all that was found offers.
+def shelf_of(roots: Roots, what: str, search: str, family: str, order: str, page: Any, language: str) -> tuple[str, int, int]:
+    """The cards of a page, which page that is, and how many there are.
 
     Args:
         what: "loras" or "runs".
@@ -71,18 +69,24 @@ def shelf_of(
     if family and family not in lora_shelf.FAMILIES:
         raise UserError(f"Family {places.shown(str(family))} is unknown; there are {', '.join(lora_shelf.FAMILIES)}.")
     wanted = int(number(page or 1, "The page", 1, 100_000, whole=True))
+    draw: Callable[..., str]
     if what == "runs":
         every = [(key, lora_shelf.look(folder)) for key, folder in lora_shelf.run_folders(roots).items()]
         runs = [pair for pair in every if (search or "").lower() in f"{pair[1].folder.name} {pair[1].trigger} {pair[1].base}".lower()]
         runs.sort(key=lambda pair: -(pair[1].when_s or 0.0))
         count, draw = len(runs), functools.partial(cards.run_cards, runs, all_count=len(every))
-        listed = [(clean(run.folder.name), key) for key, run in runs]
     else:
         all_of_them = lora_shelf.items(roots)
         loras = lora_shelf.matching(all_of_them, words=search or "", family=family or "", order=order)
         count, draw = len(loras), functools.partial(cards.lora_cards, loras, all_count=len(all_of_them))
-        listed = [(one.shown, one.key) for one in loras]
-    return draw(page=min(wanted, cards.pages(count)), language=language), cards.pages(count), listed
+    shown = min(wanted, cards.pages(count))
+    return draw(page=shown, language=language), shown, cards.pages(count)
+
+
+def choices_of(roots: Roots, language: str) -> list[tuple[str, str]]:
+    """What the list of all files and runs offers, whatever is searched for."""
+    run = words.say("library.fact_run", language)
+    return [*lora_shelf.choices_of(roots), *((f"{run}: {name}", key) for name, key in lora_shelf.runs_of(roots))]
 
 
 def look(roots: Roots, key: str, language: str) -> tuple[str, str]:

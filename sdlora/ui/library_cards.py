@@ -40,6 +40,7 @@ CSS = """
 .facts { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 3px 14px; margin: 0; font-size: 0.88rem; }
 .facts dt { color: var(--body-text-color-subdued); } .facts dd { margin: 0; overflow-wrap: anywhere; color: var(--body-text-color); }
 .facts .mono { font-family: var(--font-mono); font-size: 0.8rem; }
+@media (max-width: 700px) { .facts-head { grid-template-columns: 1fr; } .facts-head > :first-child { max-width: 160px; } }
 .tags { margin: 10px 0 0; max-height: 180px; overflow: auto; } .tags b { font-weight: 600; margin-left: 3px; }
 .all-metadata { margin-top: 10px; } .all-metadata summary { cursor: pointer; } .all-metadata dl { max-height: 420px; overflow: auto; }
 .trouble { border-left: 4px solid #dc2626; padding: 6px 10px; margin: 0 0 10px; overflow-wrap: anywhere; }

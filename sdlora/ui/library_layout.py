@@ -19,6 +19,7 @@ CSS = (
     cards.CSS
     + """
 #library-status, #library-status > *, #library-cards, #library-cards > *, #library-detail, #library-detail > * { padding: 0 !important; }
+#library-pages { align-items: center; }
 #library-inside, #library-inside > * { padding: 0 !important; }
 #library-stop:disabled { background: var(--border-color-primary); color: var(--body-text-color-subdued); opacity: 1; }
 """
@@ -124,7 +125,7 @@ def _shelf() -> dict[str, Any]:
             orders = [(words.label(f"library.order_{name}"), name) for name in lora_shelf.ORDERS]
             made["order"] = gr.Dropdown(orders, value="newest", min_width=130, **_text("order"))
     made["cards"] = gr.HTML(elem_id="library-cards", padding=False, js_on_load=CHOOSE_JS)
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_id="library-pages"):
         made["back"] = _button("back", size="sm", min_width=70)
         made["page"] = gr.Number(1, precision=0, minimum=1, min_width=90, **_text("page"))
         made["next"] = _button("next", size="sm", min_width=70)

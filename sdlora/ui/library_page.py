@@ -51,12 +51,14 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
 def _looking(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
     def on_list(what: str, search: str, family: str, order: str, page: float, request: gr.Request) -> tuple[str, Any, Any, str]:
         """Lists LoRA files or runs: search, family, order, page."""
+        language = _language(request)
         try:
-            shown, pages, listed = actions.shelf_of(roots, what, search, family, order, page, _language(request))
+            shown, at, last = actions.shelf_of(roots, what, search, family, order, page, language)
         except UserError as problem:
             return "", gr.update(), gr.update(), message(str(problem), kind="bad")
-        said = words.say("library.found", _language(request), loras=len(lora_shelf.paths(roots)), runs=len(lora_shelf.run_folders(roots)))
-        return shown, gr.update(value=min(int(page or 1), pages), maximum=pages), gr.update(choices=listed), message(said)
+        listed, runs = actions.choices_of(roots, language), len(lora_shelf.run_folders(roots))
+        said = words.say("library.found", language, loras=len(listed) - runs, runs=runs)
+        return shown, gr.update(value=at, maximum=last), gr.update(choices=listed), message(said)
 
     def on_look(key: str, request: gr.Request) -> tuple[str, str, str, str]:
         """Shows what is known of a LoRA file or a run by its id."""
@@ -81,10 +83,14 @@ def _looking(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
     parts.refresh.click(on_list, [*filters, parts.page], listed, api_name="library_list", **QUIET)
     changes: list[Any] = [parts.what.change, parts.search.change, parts.family.change, parts.order.change]
 
-    def on_filter(what: str, search: str, family: str, order: str, request: gr.Request) -> tuple[Any, ...]:
-        return on_list(what, search, family, order, 1, request)
+    def on_filter(what: str, search: str, family: str, order: str, request: gr.Request) -> tuple[str, Any]:
+        try:
+            shown, at, last = actions.shelf_of(roots, what, search, family, order, 1, _language(request))
+        except UserError as problem:
+            return message(str(problem), kind="bad"), gr.update()
+        return shown, gr.update(value=at, maximum=last)
 
-    gr.on(changes, on_filter, filters, listed, trigger_mode="always_last", api_visibility="private", **QUIET)
+    gr.on(changes, on_filter, filters, listed[:2], trigger_mode="always_last", api_visibility="private", **QUIET)
     parts.page.submit(on_list, [*filters, parts.page], listed, api_visibility="private", **QUIET)
     for button, by in ((parts.back, -1), (parts.next, 1)):
         turned = button.click(
@@ -146,11 +152,12 @@ def _list_again(roots: Roots, parts: Parts, event: Any) -> None:
     """After a file came, went or changed its name the cards are drawn anew; the status line stays."""
 
     def on_change(what: str, search: str, family: str, order: str, page: float, request: gr.Request) -> tuple[Any, Any]:
+        language = _language(request)
         try:
-            shown, _, listed = actions.shelf_of(roots, what, search, family, order, page, _language(request))
+            shown, _, _ = actions.shelf_of(roots, what, search, family, order, page, language)
         except UserError:
             return gr.update(), gr.update()
-        return shown, gr.update(choices=listed)
+        return shown, gr.update(choices=actions.choices_of(roots, language))
 
     filters = [parts.what, parts.search, parts.family, parts.order, parts.page]
     event.then(on_change, filters, [parts.cards, parts.chosen], api_visibility="private", **QUIET)

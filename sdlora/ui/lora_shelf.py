@@ -120,8 +120,9 @@ def choices_of(roots: Roots) -> list[tuple[str, str]]:
 
 
 def runs_of(roots: Roots) -> list[tuple[str, str]]:
-    """What the list of runs offers, by name."""
-    return sorted((look(folder).name, key) for key, folder in run_folders(roots).items())
+    """What the list of runs offers, by the folder's name."""
+    found = ((folder.name.encode("utf-8", "replace").decode(), key) for key, folder in run_folders(roots).items())
+    return sorted(found, key=lambda pair: pair[0].lower())
 
 
 def bases_of(roots: Roots) -> list[tuple[str, str]]:
