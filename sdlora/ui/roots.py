@@ -45,7 +45,13 @@ def key_of(root: Path, path: Path) -> str:
 
 def listed(roots: Sequence[Path], wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """What lies in some roots at any depth and is wanted, by id, in order of its place; what a link leads out of its root is left out."""
-    return {key_of(root, path): path for root in roots for path in inside(root) if wanted(path)}
+    found: dict[str, Path] = {}
+    for root in roots:
+        for path in filter(wanted, inside(root)):
+            key = key_of(root, path)
+            if key not in found or found[key].is_symlink():  # a link to another file of the root is the same under a second name
+                found[key] = path
+    return found
 
 
 def bases(roots: Roots) -> dict[str, Path]:
