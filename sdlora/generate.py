@@ -1,136 +1,73 @@
 """Pictures from a base, a prompt and any number of LoRA files.
 
 The sampling loop is ours, the samplers are diffusers'. LoRAs are folded into the weights before the loop, so a picture with LoRAs
-costs what a picture without costs, and a changed strength folds anew from the pristine weights without loading anything. The first
-noise is drawn on the CPU, so a seed means the same picture on every device.
+costs what a picture without costs. All noise is drawn on the CPU, so a seed means the same picture on every device. A picture can begin
+with another one, keep what a mask does not cover, and be drawn a second time at a larger size; all of that is the same loop, begun later.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import diffusers
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-import sdlora
-from sdlora import base_model, devices, images, lora, lora_file, text
+from sdlora import base_model, devices, images, samplers, text, voices
+from sdlora import request as requests
 from sdlora.base_model import Base, TextStates
 from sdlora.errors import UserError
+from sdlora.picture_settings import settings_text as settings_text
+from sdlora.request import Request as Request
+from sdlora.request import Source as Source
+from sdlora.samplers import SAMPLERS as SAMPLERS
+from sdlora.samplers import SCHEDULES as SCHEDULES
+from sdlora.samplers import known_sampler as known_sampler
+from sdlora.samplers import scheduler as scheduler
+from sdlora.voices import LoRA as LoRA
+from sdlora.voices import load_lora as load_lora
+from sdlora.voices import set_loras as set_loras
 
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-}
-
-SCHEDULE = (
-    "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "steps_offset", "rescale_betas_zero_snr",
-)  # fmt: skip
+CHEAP = 5_000_000  # weights of an autoencoder that is fast enough to look through at every step
+# RGB from 0 to 1 of latents: the linear maps that were fitted for SD 1.x (Keturn 2022, "Decoding latents to RGB without upscaling") and
+# for SDXL (Vass 2023, "Explaining the SDXL latent space")
+_SD_RGB = ((0.149, 0.1035, 0.104), (0.0935, 0.143, 0.0865), (-0.079, 0.0945, 0.132), (-0.092, -0.1355, -0.2365))
+_SDXL_RGB = ((0.2353, 0.2353, 0.2353), (-0.2353, -0.0196, 0.0392), (0.0980, 0.0588, -0.0196), (-0.2745, -0.1961, -0.1373))
+_SDXL_GREY = (0.588, 0.549, 0.510)
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """A LoRA file and how strongly it speaks.
+class Moment:
+    """How far a picture is.
 
     Args:
-        strength: on the UNet, -2 to 2.
-        text_strength: on the text encoder; the same as `strength` if not given.
+        done: finished steps, of `steps` in all passes.
+        heard: the latents that the UNet was asked about in the last step, at `timestep`; `answer` is what it said.
     """
 
-    path: Path
-    strength: float = 1.0
-    text_strength: float | None = None
+    done: int
+    steps: int
+    latents: Tensor
+    heard: Tensor
+    answer: Tensor
+    timestep: Tensor
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one picture is made from; with the same request, base and LoRAs it is the same picture."""
+class _Begin:
+    """Where a pass begins that does not begin with noise alone: clean latents, how much is drawn anew, and where (1) or where not (0)."""
 
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 4.0
-    sampler: str = "DPM++ 2M"
-    width_px: int | None = None
-    height_px: int | None = None
+    clean: Tensor
+    denoise: float
+    mask: Tensor | None = None
 
 
-def known_sampler(words: str) -> str:
-    """A sampler's name as it is listed, however it is capitalised.
-
-    Raises:
-        UserError: if it is unknown.
-    """
-    for name in SAMPLERS:
-        if name.lower() == words.strip().lower():
-            return name
-    raise UserError(f"Sampler '{words}' is unknown; there are {', '.join(SAMPLERS)}.")
-
-
-def scheduler(base: Base, sampler: str) -> Any:
-    """The diffusers scheduler of a sampler's known name, with the base's noise schedule.
-
-    Raises:
-        UserError: if the name is unknown.
-    """
-    name, options = SAMPLERS[known_sampler(sampler)]
-    kept = {key: base.schedule[key] for key in SCHEDULE if key in base.schedule}
-    return getattr(diffusers, name)(**kept, prediction_type=base.prediction, **options)
-
-
-def load_lora(base: Base, one: LoRA) -> None:
-    """Puts a LoRA file into the base under its path as name; one that is there already only gets the new strengths.
-
-    Raises:
-        UserError: if the file cannot be read, or a module of it does not fit this base.
-    """
-    written_ns = one.path.stat().st_mtime_ns if one.path.is_file() else 0  # a file trained anew is another LoRA
-    name = f"{one.path}@{written_ns}".replace(".", "·")  # PyTorch allows no dots in the names of modules
-    if not any(name in layer.adapters for part in base.parts.values() for layer in lora.layers(part).values()):
-        _attach(base, one.path, name)
-    for part, module in base.parts.items():
-        speaks = one.strength if part == "unet" or one.text_strength is None else one.text_strength
-        lora.set_strength(module, speaks, name)
-
-
-def _attach(base: Base, path: Path, name: str) -> None:
-    """Adapters for every module of the file that the base has; nothing is attached if one has another shape, or none is there."""
-    file = lora_file.read(path)
-    fits = base_model.fit(base, file.modules)
-    if fits.why_not:
-        raise UserError(f"{path} does not fit base '{base.name}': {fits.why_not}.")
-    for stem, (part, module_name) in fits.places.items():
-        lora.attach(base.parts[part], module_name, file.modules[stem], adapter=name)
-
-
-def set_loras(base: Base, loras: list[LoRA]) -> None:
-    """Makes exactly these LoRAs speak and folds them in; files loaded earlier stay in memory, silent.
-
-    Raises:
-        UserError: as `load_lora`.
-    """
-    for part in base.parts.values():
-        lora.unfold(part)
-        lora.silence(part)
-    for one in loras:
-        load_lora(base, one)
-    for part in base.parts.values():
-        lora.fold(part)
-
-
-@torch.no_grad()
 def denoise(base: Base, latents: Tensor, states: TextStates, request: Request) -> Iterator[Tensor]:
     """Runs the sampler; yields the latents after each step.
 
@@ -140,12 +77,21 @@ def denoise(base: Base, latents: Tensor, states: TextStates, request: Request) -
         latents: unit noise [B, 4, h, w].
         states: text states of the B negative prompts and then of the B prompts.
     """
-    steps = scheduler(base, request.sampler)
-    steps.set_timesteps(request.steps, device=base.device)
-    latents = latents * steps.init_noise_sigma
-    generator = devices.generator(request.seed, 17)
-    options = {"generator": generator} if request.sampler == "Euler a" else {}
-    for t in steps.timesteps:
+    for moment in _denoise(base, latents, states, request):
+        yield moment.latents
+
+
+@torch.no_grad()
+def _denoise(
+    base: Base, noise: Tensor, states: TextStates, request: Request, *, begin: _Begin | None = None, loras: Sequence[LoRA] = ()
+) -> Iterator[Moment]:
+    """As `denoise`, from a beginning, with strengths that change."""
+    steps, timesteps = _schedule(base, request, begin)
+    noise = noise.to(base.device)
+    latents = noise * steps.init_noise_sigma if begin is None else steps.add_noise(begin.clean, noise, timesteps[:1])
+    options = {"generator": devices.generator(request.seed, 17)} if samplers.named(request.sampler)[0] in samplers.STOCHASTIC else {}
+    for i, t in enumerate(timesteps):
+        voices.speak_at(base, loras, i / len(timesteps))
         scaled = steps.scale_model_input(latents, t)
         if request.guidance == 1:
             guided = base_model.predict(base, scaled, t, states[range(len(latents), 2 * len(latents))]).float()
@@ -153,55 +99,136 @@ def denoise(base: Base, latents: Tensor, states: TextStates, request: Request) -
             without, with_prompt = base_model.predict(base, torch.cat([scaled, scaled]), t, states).float().chunk(2)
             guided = without + request.guidance * (with_prompt - without)
         latents = steps.step(guided, t, latents, **options).prev_sample
-        yield latents
+        if begin is not None and begin.mask is not None:
+            later = timesteps[i + 1 : i + 2]
+            kept = steps.add_noise(begin.clean, noise, later) if len(later) else begin.clean
+            latents = begin.mask * latents + (1 - begin.mask) * kept
+        yield Moment(i + 1, len(timesteps), latents, scaled, guided, t)
+
+
+def _schedule(base: Base, request: Request, begin: _Begin | None) -> tuple[Any, Tensor]:
+    """The scheduler, and the timesteps that are left of it: all, or as diffusers and A1111 do the last `denoise` of them."""
+    samplers.check_steps(request.sampler, request.steps)
+    steps = samplers.scheduler(base, request.sampler, request.schedule)
+    steps.set_timesteps(request.steps, device=base.device)
+    if begin is None:
+        return steps, steps.timesteps
+    left = min(int(request.steps * begin.denoise), request.steps)
+    if not 0 < begin.denoise <= 1 or left < 1:
+        raise UserError(
+            f"Denoising strength {begin.denoise:g} of {request.steps} steps leaves no step; choose up to 1, "
+            f"and at least {1 / request.steps:.2g}."
+        )
+    first = (request.steps - left) * steps.order
+    if hasattr(steps, "set_begin_index"):  # those that count their steps instead of looking the timestep up
+        steps.set_begin_index(first)
+    return steps, steps.timesteps[first:]
 
 
 @torch.no_grad()
-def picture(base: Base, request: Request) -> Iterator[int | Image.Image]:
-    """Draws one picture: yields the number of each finished step, and at the end the picture.
+def drawing(base: Base, request: Request, *, loras: Sequence[LoRA] = (), source: Source | None = None) -> Iterator[Moment | Image.Image]:
+    """Draws one picture: yields a moment after each step, and at the end the picture.
+
+    Args:
+        loras: as they were given to `set_loras`; those with a course change their strength in between.
+        source: a picture to begin with.
 
     Raises:
-        UserError: if the size is not a multiple of the base's reduction, or the sampler is unknown.
+        UserError: if something that is asked for cannot be drawn with this base.
     """
-    width, height = request.width_px or base.resolution_px, request.height_px or base.resolution_px
-    grain = base.reduction
-    if width % grain or height % grain or min(width, height) < base.grain_px:
-        raise UserError(
-            f"Size {width}x{height} cannot be drawn with base '{base.name}'; both sides must be multiples of {grain} px, "
-            f"at least {base.grain_px}."
-        )
-    shape = (1, 4, height // base.reduction, width // base.reduction)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(base.device)
-    both = text.encode(base, text.tokens(base, [request.negative, request.prompt]))
-    for step, partial in enumerate(denoise(base, latents, both, request), start=1):
-        latents = partial
-        yield step
-    yield images.to_image(base_model.decode(base, latents)[0])
+    width, height = requests.size_px(base, request, source)
+    final = requests.final_size_px(base, request, source)
+    read = text.weighted if request.weighted else text.tokens
+    both = text.encode(base, read(base, [request.negative, request.prompt]), clip_skip=request.clip_skip)
+    total, placed = step_count(base, request, source), None
+    begin: _Begin | None = None
+    if source:
+        placed = requests.fitted(source, (width, height))
+        begin = _Begin(_latents(base, placed.image), request.denoise, _mask(base, placed.mask))
+    moment: Moment | None = None
+    for moment in _denoise(base, _noise(base, request, (width, height)), both, request, begin=begin, loras=loras):
+        yield replace(moment, steps=total)
+    assert moment is not None
+    picture = images.to_image(base_model.decode(base, moment.latents)[0])
+    if final != (width, height):
+        begin = _Begin(_latents(base, picture.resize(final, Image.Resampling.LANCZOS)), request.hires_denoise)
+        first = moment.done
+        for moment in _denoise(base, _noise(base, request, final), both, request, begin=begin, loras=loras):
+            yield replace(moment, done=first + moment.done, steps=total)
+        picture = images.to_image(base_model.decode(base, moment.latents)[0])
+    if placed and placed.mask:
+        picture = Image.composite(picture, placed.image, placed.mask.point(lambda value: 255 if value else 0))
+    yield picture
 
 
-def pictures(base: Base, request: Request, *, count: int = 1) -> Iterator[tuple[Request, Image.Image]]:
+def step_count(base: Base, request: Request, source: Source | None = None) -> int:
+    """How often the UNet is asked for one picture, in all passes: some samplers ask twice in a step.
+
+    Raises:
+        UserError: if it cannot be drawn so.
+    """
+    blank = torch.zeros(())
+    passes = [_Begin(blank, request.denoise) if source else None]
+    if request.hires_scale != 1:
+        passes.append(_Begin(blank, request.hires_denoise))
+    return sum(len(_schedule(base, request, begin)[1]) for begin in passes)
+
+
+def _noise(base: Base, request: Request, size: tuple[int, int]) -> Tensor:
+    shape = (1, 4, size[1] // base.reduction, size[0] // base.reduction)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+
+
+def _latents(base: Base, picture: Image.Image) -> Tensor:
+    mean, _ = base_model.encode(base, images.to_tensor(picture)[None])
+    return mean
+
+
+def _mask(base: Base, mask: Image.Image | None) -> Tensor | None:
+    """[1, 1, h, w]: 1 for each latent of which any pixel is to be drawn anew."""
+    if mask is None:
+        return None
+    pixels = torch.from_numpy(np.array(mask) > 0).float()
+    return F.max_pool2d(pixels[None, None], base.reduction).to(base.device)
+
+
+def picture(base: Base, request: Request, *, loras: Sequence[LoRA] = (), source: Source | None = None) -> Iterator[int | Image.Image]:
+    """As `drawing`, but of each moment only the number of its step."""
+    for item in drawing(base, request, loras=loras, source=source):
+        yield item.done if isinstance(item, Moment) else item
+
+
+def pictures(
+    base: Base, request: Request, *, count: int = 1, loras: Sequence[LoRA] = (), source: Source | None = None
+) -> Iterator[tuple[Request, Image.Image]]:
     """`count` pictures of the seeds from `request.seed` on, each the same as if it were drawn alone."""
     for i in range(count):
         one = replace(request, seed=request.seed + i)
-        *_, image = picture(base, one)
+        *_, image = picture(base, one, loras=loras, source=source)
         assert isinstance(image, Image.Image)
         yield one, image
 
 
-def settings_text(base: Base, request: Request, loras: list[LoRA]) -> str:
-    """The settings as A1111 writes them into its pictures, so that other tools show them."""
-    tags = "".join(f" <lora:{one.path.stem}:{one.strength:g}>" for one in loras)
-    lines = [request.prompt + tags]
-    if request.negative:
-        lines.append(f"Negative prompt: {request.negative}")
-    width, height = request.width_px or base.resolution_px, request.height_px or base.resolution_px
-    sampler = request.sampler.removesuffix(" Karras")
-    values = {
-        "Steps": request.steps, "Sampler": sampler, "Schedule type": "Karras" if "Karras" in request.sampler else "Automatic",
-        "CFG scale": f"{request.guidance:g}", "Seed": request.seed, "Size": f"{width}x{height}", "Model": Path(base.name).name,
-        "Version": f"sdlora {sdlora.__version__}",
-    }  # fmt: skip
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in values.items())])
+@torch.no_grad()
+def preview(base: Base, moment: Moment) -> Image.Image:
+    """What a picture will be like, as far as the UNet can tell at a moment: through the autoencoder if it is small, else by a linear map.
+
+    The clean latents x₀ that the answer means: (x_t - √(1 - ᾱ) ε) / √ᾱ (Ho et al. 2020, arXiv 2006.11239, equation 15), or with v
+    √ᾱ x_t - √(1 - ᾱ) v (Salimans & Ho 2022, arXiv 2202.00512, appendix D).
+    """
+    signal = base.alphas[moment.timestep.round().long().clamp(0, len(base.alphas) - 1)]
+    root, rest = signal.sqrt(), (1 - signal).sqrt()
+    by_kind = {
+        "epsilon": lambda: (moment.heard - rest * moment.answer) / root.clamp(min=0.02),
+        "v_prediction": lambda: root * moment.heard - rest * moment.answer,
+        "sample": lambda: moment.answer,
+    }
+    clean = by_kind[base.prediction]()
+    if sum(weight.numel() for weight in base.vae.parameters()) <= CHEAP:
+        return images.to_image(base_model.decode(base, clean[:1])[0])
+    factors, grey = (_SDXL_RGB, _SDXL_GREY) if base.family == "sdxl" else (_SD_RGB, (0.5, 0.5, 0.5))
+    colours = torch.einsum("chw,cr->rhw", clean[0].float(), torch.tensor(factors, device=clean.device))
+    return images.to_image((colours + torch.tensor(grey, device=clean.device)[:, None, None]) * 2 - 1)
 
 
 def png_bytes(image: Image.Image, settings: str) -> bytes:

@@ -20,11 +20,11 @@ HOUSE = (
         "config config_tables linked counts share_checks report_page report_settings dataset data_folders caption_tables "
         "kohya_toml views caption_findings picture_findings weights_file lora_formats lora_layouts lora_file base_model "
         "base_kinds base_parts base_sources base_files checkpoint_keys checkpoint_configs hub tokenizer_files text "
-        "text_embeddings latents lora_notes mini.tokens mini.reader mini.lead",
+        "text_embeddings latents lora_notes samplers request mini.tokens mini.reader mini.lead",
     ),
     (
         "rooms",
-        "cache generate run_folder run_lock checkpoint resuming samples validation report_facts report_curves runs "
+        "cache generate voices picture_settings run_folder run_lock checkpoint resuming samples validation report_facts report_curves runs "
         "dataset_report contact_sheet material adapters result regularisation base_tensors lora_tools lora_merge lora_extract "
         "bake shelf lora_moves chosen mini.pretrain mini.examples",
     ),
