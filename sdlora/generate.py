@@ -30,6 +30,7 @@ from sdlora.samplers import SAMPLERS as SAMPLERS
 from sdlora.samplers import SCHEDULES as SCHEDULES
 from sdlora.samplers import known_sampler as known_sampler
 from sdlora.samplers import scheduler as scheduler
+from sdlora.samplers import schedules_of as schedules_of
 from sdlora.voices import LoRA as LoRA
 from sdlora.voices import load_lora as load_lora
 from sdlora.voices import set_loras as set_loras

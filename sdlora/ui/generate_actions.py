@@ -6,21 +6,29 @@ before it becomes HTML.
 
 from __future__ import annotations
 
+import asyncio
 import html
-import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from sdlora import prompts
 from sdlora.errors import UserError
-from sdlora.generate import LoRA, Request
+from sdlora.ui import gallery, generate_cards, lora_shelf, studio_line, words
 from sdlora.ui import studio as studios
-from sdlora.ui.studio import Drawn, Order, Studio
+from sdlora.ui.generate_form import OWN_SIZE, Form, order_of
+from sdlora.ui.studio import Drawn, Job, Order, Studio
 
 SMALL_PX = 128  # pictures up to this width are enlarged with hard edges
-OWN_SIZE = "the base's own"
+POLL_S = 0.1
+RESTORED = (
+    "prompt", "negative", "loras", "seed", "random", "count", "steps", "guidance", "sampler", "schedule", "size", "clip_skip", "denoise",
+    "hires_scale", "hires_denoise", "base",
+)  # fmt: skip
 
 
 def message(text: str, *, kind: str = "calm", share: float | None = None) -> str:
@@ -34,151 +42,184 @@ def message(text: str, *, kind: str = "calm", share: float | None = None) -> str
     return f'<div class="message {kind}" role="status">{html.escape(text)}{bar}</div>'
 
 
-def choices_of(studio: Studio) -> list[tuple[str, str]]:
-    """What a LoRA list offers: what is shown and its id."""
-    return [("none", ""), *((shown, key) for key, shown in studios.lora_names(studio).items())]
-
-
-def size_of(text: str | None) -> tuple[int | None, int | None]:
-    """Width and height in px of a size such as "512x768"; (None, None) for the base's own.
-
-    Raises:
-        UserError: if the text is no size.
-    """
-    if not text or text == OWN_SIZE:
-        return None, None
-    found = re.fullmatch(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*", text)  # noqa: RUF001
-    if not found:
-        raise UserError(f"Size '{text}' is not understood; write width x height in pixels, such as 512x768.")
-    return int(found[1]), int(found[2])
-
-
-def order_of(
-    studio: Studio, prompt: str, negative: str, seed: float | None, count: int, steps: int, guidance: float, sampler: str, size: str,
-    base: str, beside: bool, *slots: Any,
-) -> Order:  # fmt: skip
-    """What the controls ask for; `slots` are the ids of the LoRAs and then their strengths.
-
-    Raises:
-        UserError: if a field is empty or says nothing that can be drawn.
-    """
-    if seed is None:
-        raise UserError("The seed is empty; give a whole number from 0 up, or press 'New seed'.")
-    if not (base or "").strip():
-        raise UserError('The base model is empty; give "mini", a diffusers folder, a .safetensors checkpoint, or a hub name.')
-    width, height = size_of(size)
-    request = Request(prompt or "", negative or "", int(seed), int(steps), float(guidance), sampler, width, height)
-    ids, strengths = slots[: len(slots) // 2], slots[len(slots) // 2 :]
-    loras = tuple(LoRA(studios.lora_path(studio, key), float(strength)) for key, strength in zip(ids, strengths, strict=True) if key)
-    return Order(base.strip(), request, int(count), loras, bool(beside) and bool(loras))
-
-
-def progress_of(drawn: Drawn, order: Order) -> str:
-    """The status line of a job."""
+def progress_of(drawn: Drawn, order: Order, language: str = "en") -> str:
+    """The status line of a drawing."""
     total = order.count * (2 if order.beside else 1)
     finished = len(drawn.with_lora) + len(drawn.without)
     if drawn.ended == "stopped":
-        return message(f"Stopped. {finished} of {total} pictures were finished." if total > 1 else "Stopped.")
+        return message(words.say("generate.stopped", language, done=finished, pictures=total))
     if drawn.ended:
-        folder = _near(drawn.with_lora[0][0].parent)
-        return message(f"Done in {drawn.elapsed_s:.1f} s. Saved in {folder}", kind="good")
+        return message(words.say("generate.done", language, pictures=finished, seconds=f"{drawn.elapsed_s:.1f}"), kind="good")
+    if drawn.place is not None and drawn.training:
+        return message(words.say("generate.training_waits", language, run=drawn.training), kind="busy", share=0)
+    if drawn.place:
+        return message(words.say("generate.in_line", language, place=drawn.place), kind="busy", share=0)
     if not drawn.steps:
-        return message("Getting ready…", kind="busy", share=0)
-    left = "" if drawn.left_s is None else f" · {_duration(drawn.left_s)} left"
-    return message(f"Drawing picture {min(finished + 1, total)} of {total}{left}", kind="busy", share=drawn.done / drawn.steps)
-
-
-def _near(path: Path) -> str:
-    """The path from where the program runs, if it is below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+        return message(words.say("generate.starting", language), kind="busy", share=0)
+    left = "" if drawn.left_s is None else words.say("generate.left", language, time=_duration(drawn.left_s))
+    beside = words.say("generate.training_beside", language, run=drawn.training) if drawn.training else ""
+    text = words.say("generate.drawing", language, number=min(finished + 1, total), pictures=total) + left + beside
+    return message(text, kind="busy", share=drawn.done / drawn.steps)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def shown(drawn: Drawn, order: Order) -> dict[str, Any]:
-    """What changes on the page for a job's state, by the control's name."""
-    names = ", ".join(f"{one.path.stem} × {one.strength:g}" for one in order.loras)  # noqa: RUF001
+def voices_of(order: Order) -> str:
+    """The LoRAs of an order and their strengths in words; "" without any."""
+    said = [f"{one.path.stem} × {prompts.course_text(one.course) or f'{one.strength:g}'}" for one in order.loras]  # noqa: RUF001
+    return ", ".join(said)
+
+
+def shown(drawn: Drawn, order: Order, language: str = "en") -> dict[str, Any]:
+    """What changes on the page when there are more pictures, by the control's name."""
     columns = 1 if order.count == 1 or (order.beside and order.count <= 3) else 2
     sharp = "pictures small" if drawn.width_px <= SMALL_PX else "pictures"
-    rows = {"with_lora": (f"With {names}" if names else "Without LoRA", bool(drawn.with_lora)), "without": ("Without LoRA", order.beside)}
-    galleries = {
+    alone, names = words.say("generate.without", language), voices_of(order)
+    rows = {
+        "with_lora": (words.say("generate.with", language, names=names) if names else alone, bool(drawn.with_lora)),
+        "without": (alone, order.beside),
+    }
+    return {
         row: gr.update(
             value=[(str(path), f"seed {seed}") for path, seed in getattr(drawn, row)], label=label, columns=columns, elem_classes=sharp,
             visible=visible and bool(drawn.with_lora),
         )
         for row, (label, visible) in rows.items()
-    }  # fmt: skip
-    running = not drawn.ended
-    return galleries | {
-        "status": progress_of(drawn, order),
-        "go": gr.update(interactive=not running),
-        "stop": gr.update(interactive=running),
-        "welcome": gr.update(visible=not drawn.with_lora),
-    }
+    } | {"welcome": gr.update(visible=not drawn.with_lora)}  # fmt: skip
 
 
-def generate_pictures(studio: Studio, session: str, *values: Any) -> Iterator[dict[str, Any]]:
-    """Generate was pressed: yields what changes on the page, a mistake as its one sentence."""
-    yield {
-        "status": message("Getting ready…", kind="busy", share=0),
-        "go": gr.update(interactive=False),
-        "stop": gr.update(interactive=True),
-    }
-    rest = {"go": gr.update(interactive=True), "stop": gr.update(interactive=False)}
+def look_of(drawn: Drawn, language: str = "en") -> dict[str, Any]:
+    """The newest look at the unfinished picture, inside the page's text."""
+    if drawn.preview is None:
+        return {"preview": gr.update(value="", visible=False)}
+    small = "small" if drawn.preview.width <= SMALL_PX else ""
+    said = html.escape(words.say("generate.preview", language))
+    picture = f'<img class="preview {small}" alt="{said}" src="{lora_shelf.data_address(drawn.preview)}">'
+    return {"preview": gr.update(value=picture, visible=True)}
+
+
+async def generate_pictures(studio: Studio, session: str, language: str, form: Form) -> AsyncIterator[dict[str, Any]]:
+    """Generate was pressed: yields what changes on the page, by the control's name; a mistake as its one sentence."""
+    free = {"go": gr.update(interactive=True), "stop": gr.update(interactive=False), "preview": gr.update(value="", visible=False)}
     try:
-        order, pictures = order_of(studio, *values), -1
-        for drawn in studios.run(studio, session, order):
-            finished = len(drawn.with_lora) + len(drawn.without)
-            if finished != pictures or drawn.ended:
-                yield shown(drawn, order)
-            else:
-                yield {"status": progress_of(drawn, order)}  # the pictures are sent only when there is a new one
-            pictures = finished
+        if form.random is True:
+            form = replace(form, seed=secrets.randbelow(2**31))
+        order = await asyncio.to_thread(order_of, studio, form, session)
+        job = studio_line.begin(studio, session, order)
+        try:
+            first = {"status": progress_of(job.state, order, language), "seed": gr.update(value=order.request.seed)}
+            yield first | {"go": gr.update(interactive=False), "stop": gr.update(interactive=True)}
+            async for changes in _following(job, language):
+                yield changes
+        finally:
+            job.stop.set()  # the tab may have been closed
+        yield free | shown(job.state, order, language) | {"status": progress_of(job.state, order, language)}
     except UserError as problem:
-        yield rest | {"status": message(str(problem), kind="bad")}
+        yield free | {"status": message(str(problem), kind="bad")}
     except Exception:
-        yield rest | {"status": message("This is a mistake in the program; the terminal shows where.", kind="bad")}
+        yield free | {"status": message(words.say("generate.bug", language), kind="bad")}
         raise
 
 
-def choose_base(studio: Studio, name: str) -> tuple[Any, str]:
-    """A base was named: loads it, and offers the sizes that suit it."""
+async def _following(job: Job, language: str) -> AsyncIterator[dict[str, Any]]:
+    """What changes while a job is in line and at work: the line at each new state, pictures and previews only when there are new ones."""
+    seen, pictures, preview = job.state, 0, job.state.preview
+    while not job.ended.is_set():
+        await asyncio.sleep(POLL_S)
+        state = job.state
+        if state is seen:
+            continue
+        changes: dict[str, Any] = {"status": progress_of(state, job.order, language)}
+        finished = len(state.with_lora) + len(state.without)
+        if finished != pictures:
+            changes |= shown(state, job.order, language)
+        if state.preview is not preview:
+            changes |= look_of(state, language)
+        seen, pictures, preview = state, finished, state.preview
+        yield changes
+    if job.problem:
+        raise job.problem
+
+
+def history(studio: Studio, token: Any, session: str, page: Any, language: str = "en") -> tuple[Any, list[str], int, str]:
+    """A page of a browser's pictures: what the gallery shows, the files behind it, the page's number from 1, and of how many."""
+    wanted = int(page) - 1 if isinstance(page, int | float) and 1 <= page < 1e6 else 0
+    found, pages = gallery.pictures(studio.roots, gallery.owner_of(token, session), wanted)
+    captions = [path.stem.partition("-seed")[2].rpartition("-")[0] for path in found]
+    shown_files = [(str(path), caption.replace("-base", " · base")) for path, caption in zip(found, captions, strict=True)]
+    return (
+        gr.update(value=shown_files, selected_index=None), [str(path) for path in found], min(wanted, pages - 1) + 1,
+        words.say("generate.pages", language, pages=pages),
+    )  # fmt: skip
+
+
+def choose_base(studio: Studio, word: str, loras: Any, language: str = "en") -> tuple[Any, Any, str]:
+    """A base was chosen: offers the sizes that suit it, tells the cards, and says what it draws."""
+    value = {"base": str(word), "chosen": loras.get("chosen", []) if isinstance(loras, dict) else []}
     try:
-        side = studios.open_base(studio, (name or "").strip())
+        found = studios.look_at_base(studio, studios.base_of(studio, str(word or "").strip()))
     except UserError as problem:
-        return gr.update(), message(str(problem), kind="bad")
-    sizes = [OWN_SIZE, f"{side}x{side}", f"{side}x{side * 3 // 2}", f"{side * 3 // 2}x{side}"]
-    return gr.update(choices=sizes, value=OWN_SIZE), message(f"Ready. Base '{name}' draws {side} × {side} pixels.")  # noqa: RUF001
+        return gr.update(), value, message(str(problem), kind="bad")
+    if found is None:
+        return gr.update(), value, message(words.say("generate.base_later", language))
+    side = found[0]
+    sizes = [f"{side}x{side}", f"{side}x{side * 3 // 2}", f"{side * 3 // 2}x{side}"]
+    return gr.update(choices=sizes), value, message(words.say("generate.ready", language, side=side))
 
 
-def choose_loras(*slots: Any) -> list[Any]:
-    """A LoRA was chosen: shows its strength, and the next slot below the last one in use."""
-    in_use = [i for i, key in enumerate(slots) if key]
-    last = max(in_use, default=-1)
-    return [
-        *(gr.update(visible=i <= last + 1) for i in range(len(slots))),
-        *(gr.update(visible=i in in_use) for i in range(len(slots))),
-        gr.update(visible=bool(in_use)),
-    ]
+def restore(studio: Studio, path: Path | None, language: str = "en") -> dict[str, Any]:
+    """A picture was dropped or chosen: what its settings make of the controls, by their names.
+
+    Raises:
+        UserError: if it says nothing.
+    """
+    if path is None:
+        raise UserError("No picture is chosen; drop a PNG that a Stable Diffusion tool has written.")
+    found = gallery.restored(path)
+    request, missed = found.request, list(found.missed)
+    rows, lost = generate_cards.rows_of(studio, found.tags)
+    base = _base_named(studio, found.model)
+    if found.model and base is None:
+        missed.append(words.say("generate.other_base", language, model=found.model))
+    if found.source:
+        missed.append(words.say("generate.other_picture", language))
+    size = f"{request.width_px}x{request.height_px}" if request.width_px else OWN_SIZE
+    spoken = request.weighted
+    values = {
+        "prompt": request.prompt if spoken else prompts.escaped(request.prompt),
+        "negative": request.negative if spoken else prompts.escaped(request.negative),
+        "loras": {"base": base or "mini", "chosen": rows}, "seed": request.seed, "random": False, "count": 1, "steps": request.steps,
+        "guidance": request.guidance, "sampler": request.sampler, "schedule": request.schedule, "size": size,
+        "clip_skip": request.clip_skip or 0, "denoise": request.denoise, "hires_scale": request.hires_scale,
+        "hires_denoise": request.hires_denoise,
+    }  # fmt: skip
+    told = " ".join([words.say("generate.restored", language), *(f"{one.rstrip('.')}." for one in [*missed, *lost])])
+    more = {} if base is None else {"base": gr.update(value=base)}
+    return {name: gr.update(value=value) for name, value in values.items()} | more | {
+        "status": message(told, kind="busy" if missed or lost else "good")
+    }  # fmt: skip
 
 
-def check_loras(studio: Studio, base: str, *slots: Any) -> str:
-    """Says whether the chosen LoRAs fit the base, and if not, why."""
-    try:
-        paths = [studios.lora_path(studio, key) for key in slots if key]
-        fits = studios.check_loras(studio, base.strip(), paths)
-    except UserError as problem:
-        return message(str(problem), kind="bad")
-    told = ". ".join(f"{path.stem}: {fit}" for path, fit in zip(paths, fits, strict=True))
-    return message(f"{told}." if paths else "Ready. No LoRA is chosen.")
+def _base_named(studio: Studio, name: str) -> str | None:
+    """The base that a picture names, as the list of bases has it."""
+    offered = [*lora_shelf.bases_of(studio.roots), (Path(studio.first).name.removesuffix(".safetensors"), studio.first)]
+    return next((word for shown_name, word in offered if name and shown_name.lower() == name.lower()), None)
 
 
-def look_again(studio: Studio, *slots: Any) -> list[Any]:
-    """The folder's LoRA files as they are now; a chosen file stays chosen if it is still there."""
-    choices = choices_of(studio)
-    known = {key for _, key in choices}
-    found = len(choices) - 1
-    text = f"{found} LoRA file{'' if found == 1 else 's'} in {studio.loras}" if found else f"No LoRA files in {studio.loras} yet."
-    return [*(gr.update(choices=choices, value=key if key in known else "") for key in slots), message(text)]
+def take(studio: Studio, setting: Any, language: str = "en") -> dict[str, Any]:
+    """A setting that another page hands over, see `compare_cells.setting_of`: what it makes of the controls, by their names."""
+    if not isinstance(setting, dict):
+        return {}
+    side = setting.get("width_px")
+    rows = [{"lora": setting["lora"], "strength": setting["strength"], "text": None, "on": True, "course": ""}] if setting["lora"] else []
+    names = ("seed", "steps", "guidance", "sampler", "base")
+    values = {name: setting[name] for name in names} | {
+        "prompt": prompts.escaped(setting["prompt"]), "negative": prompts.escaped(setting["negative"]),
+        "loras": {"base": setting["base"], "chosen": rows}, "size": f"{side}x{setting['height_px']}" if side else OWN_SIZE,
+        "random": False,
+    }  # fmt: skip
+    return {name: gr.update(value=value) for name, value in values.items()} | {
+        "status": message(words.say("generate.taken", language), kind="good")
+    }

@@ -1,179 +1,209 @@
-"""The page on which pictures are made: a prompt, LoRAs with a strength each, and beside them the same seeds without.
+"""The page on which pictures are made: a prompt, LoRAs with their strengths, and beside them the same seeds without.
 
-`layout` says what is seen, `wire` which press leads to which function of `generate_actions`. Drawing and everything else that uses
-the base goes through one queue of one.
+`layout` says what is seen, `wire` which press leads to which function. Ctrl+Enter presses Generate and Escape presses Stop. Waiting is done
+in our own line (`studio_line`), so Generate has no limit of its own in gradio's queue, and its place in line can be shown and left.
+
+From a program, for example (Gradio's client takes the defaults for what is not named):
+
+    client = gradio_client.Client("http://127.0.0.1:7860")
+    client.predict(prompt="a red star", loras=[{"lora": "my style", "strength": 0.8}], seed=3, api_name="/generate")
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from sdlora import generate
-from sdlora.generate import Request
+from sdlora.errors import UserError
+from sdlora.ui import gallery, generate_cards, lora_shelf, studio_line, words
 from sdlora.ui import generate_actions as actions
-from sdlora.ui import studio as studios
+from sdlora.ui.generate_form import Form
+from sdlora.ui.generate_parts import Parts, layout
+from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 
-SLOTS = 4
-EXAMPLES = ("a red star on a blue background", "a big teal cat on an orange background", "a small yellow fish on a purple background")
-GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-WELCOME = """<div class="welcome"><h2>Your pictures appear here</h2><ol>
-<li><b>Say what to draw</b>, or take one of the examples.</li>
-<li><b>Choose a LoRA</b> if you have one; you will see the same picture with and without it.</li>
-<li><b>Press Generate.</b> Then move the strength and press it again.</li></ol></div>"""
+__all__ = ["CSS", "KEYS", "Parts", "layout", "receive", "wire"]
 
-
-@dataclass
-class Parts:
-    """The page's controls."""
-
-    prompt: gr.Textbox
-    negative: gr.Textbox
-    loras: list[gr.Dropdown]
-    strengths: list[gr.Slider]
-    refresh: gr.Button
-    beside: gr.Checkbox
-    seed: gr.Number
-    dice: gr.Button
-    count: gr.Slider
-    steps: gr.Slider
-    guidance: gr.Slider
-    sampler: gr.Dropdown
-    size: gr.Dropdown
-    base: gr.Dropdown
-    go: gr.Button
-    stop: gr.Button
-    status: gr.HTML
-    welcome: gr.HTML
-    with_lora: gr.Gallery
-    without: gr.Gallery
-
-
-def layout(studio: Studio, *, base: str) -> Parts:
-    """Everything that is seen, to be called inside a `gr.Blocks`."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=380):
-            made = _words(studio) | _seeds()
-            with gr.Row(elem_id="buttons"):
-                made["go"] = gr.Button("Generate", variant="primary", size="lg", scale=3, elem_id="generate")
-                made["stop"] = gr.Button("Stop", variant="stop", size="lg", scale=1, interactive=False, elem_id="stop")
-            made |= _settings(base)
-        with gr.Column(scale=6, min_width=420):
-            made |= _results()
-    return Parts(**made)
-
-
-def _words(studio: Studio) -> dict[str, Any]:
-    """Prompt, examples, LoRAs."""
-    prompt = gr.Textbox(EXAMPLES[0], label="What to draw", lines=2, max_lines=6, elem_id="prompt")
-    with gr.Row(elem_id="examples"):
-        for i, example in enumerate(EXAMPLES):
-            button = gr.Button(example, size="sm", variant="secondary", min_width=60, elem_id=f"example-{i}")
-            button.click(None, js=f"() => '{example}'", outputs=prompt, api_visibility="private")
-    negative = gr.Textbox(
-        label="What to avoid (optional)", placeholder="words for what must not be in the picture", lines=1, elem_id="negative"
-    )
-    loras, strengths = [], []
-    with gr.Group(elem_id="lora-box"):
-        for i in range(SLOTS):
-            with gr.Row(elem_classes="lora-slot"):
-                label = "LoRA" if i == 0 else "Another LoRA"
-                loras.append(gr.Dropdown(actions.choices_of(studio), value="", label=label, visible=i == 0, elem_id=f"lora-{i}"))
-                strengths.append(gr.Slider(-2, 2, 1, step=0.05, label="Strength", visible=False, elem_id=f"strength-{i}"))
-        refresh = gr.Button("Look again for LoRA files", size="sm", elem_id="refresh", elem_classes="flat")
-    beside = gr.Checkbox(True, label="Beside the same without LoRA", visible=False, container=False, elem_id="beside")
-    return {"prompt": prompt, "negative": negative, "loras": loras, "strengths": strengths, "refresh": refresh, "beside": beside}
-
-
-def _seeds() -> dict[str, Any]:
-    """Which pictures and how many."""
-    made: dict[str, Any] = {}
-    with gr.Row(elem_id="seed-row", equal_height=True):
-        with gr.Group(elem_id="seed-box"):
-            made["seed"] = gr.Number(Request("").seed, label="Seed", precision=0, min_width=150, elem_id="seed")
-            made["dice"] = gr.Button("New seed", size="sm", elem_id="dice", elem_classes="flat")
-        made["count"] = gr.Slider(1, 8, 2, step=1, label="Pictures", min_width=150, elem_id="count")
-    return made
-
-
-def _settings(base: str) -> dict[str, Any]:
-    """What has good defaults, folded away."""
-    plain = Request("")
-    made: dict[str, Any] = {}
-    with gr.Accordion("More settings", open=False, elem_id="more"):
-        with gr.Row():
-            made["steps"] = gr.Slider(1, 100, plain.steps, step=1, label="Steps", elem_id="steps")
-            made["guidance"] = gr.Slider(1, 15, plain.guidance, step=0.5, label="Guidance", elem_id="guidance")
-        with gr.Row():
-            made["sampler"] = gr.Dropdown(list(generate.SAMPLERS), value=plain.sampler, label="Sampler", elem_id="sampler")
-            made["size"] = gr.Dropdown(
-                [actions.OWN_SIZE],
-                value=actions.OWN_SIZE,
-                allow_custom_value=True,
-                label="Size",
-                info="Or type, such as 512x768",
-                elem_id="size",
-            )
-        made["base"] = gr.Dropdown(
-            list(dict.fromkeys(["mini", base])), value=base, allow_custom_value=True, label="Base model", elem_id="base",
-            info="mini comes with the program. Or type the path of a diffusers folder or a .safetensors checkpoint, or a hub name.",
-        )  # fmt: skip
-    return made
-
-
-def _results() -> dict[str, Any]:
-    """The line that says how far it is, and the two rows of pictures."""
-    look: dict[str, Any] = {
-        "columns": 2, "object_fit": "contain", "height": "auto", "format": "png", "visible": False, "interactive": False,
-        "buttons": ["download", "fullscreen"], "elem_classes": "pictures", "show_label": True,
-    }  # fmt: skip
-    made: dict[str, Any] = {
-        "status": gr.HTML(actions.message("Starting…"), elem_id="status", padding=False),
-        "welcome": gr.HTML(WELCOME, elem_id="welcome", padding=False),
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
+# Ctrl+Enter and Escape press the page's own buttons, if they can be seen and pressed; returns the browser's token, made at the first visit.
+KEYS = """() => {
+  if (!window.sdloraKeys) {
+    window.sdloraKeys = true;
+    const press = (name, event) => {
+      const button = document.querySelector(name);
+      if (button && !button.disabled && button.offsetParent) { event.preventDefault(); button.click(); }
+    };
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+        if (document.activeElement) document.activeElement.dispatchEvent(new Event("change", { bubbles: true }));
+        setTimeout(() => press("#generate", event), 50);
+      }
+      if (event.key === "Escape") press("#stop", event);
+    });
+  }
+  let token = "";
+  try {
+    token = localStorage.getItem("sdlora-token") || "";
+    if (token.length < 32) {
+      token = Array.from(crypto.getRandomValues(new Uint8Array(24)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+      localStorage.setItem("sdlora-token", token);
     }
-    with gr.Row(equal_height=False):
-        made["without"] = gr.Gallery(label="Without LoRA", elem_id="pictures-without", **look)
-        made["with_lora"] = gr.Gallery(label="Pictures", elem_id="pictures-with", **look)
-    return made
+  } catch { /* a browser that keeps nothing: the pictures are the session's */ }
+  return token;
+}"""
+# On a phone the results stand below the settings.
+TO_RESULTS = """() => { if (innerWidth < 700) document.querySelector("#status").scrollIntoView({ behavior: "smooth" }); }"""
+CSS = """
+#stop:disabled { background: var(--border-color-primary); color: var(--body-text-color-subdued); opacity: 1; }
+#seed-row { gap: 1px; } #seed-row button { min-width: 44px; }
+#loras, #loras > * { padding: 0 !important; }
+#buttons { position: sticky; bottom: 0; z-index: 5; padding: 8px 0; background: var(--body-background-fill); }
+#status, #preview, #welcome, :is(#status, #preview, #welcome) > * { padding: 0 !important; }
+img.preview { width: 100%; max-height: 512px; object-fit: contain; border-radius: 8px; }
+img.preview.small { image-rendering: pixelated; }
+#history .grid-wrap { max-height: 520px; min-height: 0; height: auto; }
+#history-pages { align-self: center; flex: none; min-width: 60px; }
+#history-row { align-items: center; }
+#history-text textarea { font-family: var(--font-mono); font-size: 0.8rem; }
+#generate-restore { min-height: 90px; }
+@media (max-width: 640px) { #seed-row, #buttons { flex-wrap: wrap; } }
+"""
 
 
-def wire(studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
+def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     """Says what each press does."""
-    inputs = [
-        parts.prompt, parts.negative, parts.seed, parts.count, parts.steps, parts.guidance, parts.sampler, parts.size, parts.base,
-        parts.beside, *parts.loras, *parts.strengths,
-    ]  # fmt: skip
-    changing = {name: getattr(parts, name) for name in ("status", "go", "stop", "welcome", "with_lora", "without")}
+    _wire_drawing(studio, parts, demo)
+    _wire_history(roots, studio, parts, demo)
+    _wire_lists(roots, studio, parts, demo)
 
-    def on_generate(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        for changes in actions.generate_pictures(studio, str(request.session_hash), *values):
+
+def _wire_drawing(studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
+    inputs = [getattr(parts, one.name) for one in fields(Form)]
+    changing = {name: getattr(parts, name) for name in ("status", "preview", "go", "stop", "welcome", "with_lora", "without", "seed")}
+
+    async def on_generate(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+        """Draws pictures in the order in which they are asked for; yields how far it is, and at the end the files."""
+        language = words.language_of(request.headers)
+        async for changes in actions.generate_pictures(studio, str(request.session_hash), language, Form(*values)):
             yield {changing[name]: change for name, change in changes.items()}
 
-    def on_stop(request: gr.Request) -> None:
-        studios.stop(studio, str(request.session_hash))
+    def on_stop(request: gr.Request) -> str:
+        """Stops this session's drawings after the step that they are in, also those that wait."""
+        found = studio_line.stop(studio, str(request.session_hash))
+        return actions.message(words.say("generate.stopping" if found else "generate.nothing_runs", words.language_of(request.headers)))
 
-    def on_base(name: str) -> tuple[Any, str]:
-        return actions.choose_base(studio, name)
+    def on_leave(request: gr.Request) -> None:
+        studio_line.stop(studio, str(request.session_hash))
 
-    def on_check(base: str, *slots: Any) -> str:
-        return actions.check_loras(studio, base, *slots)
+    drawn = parts.go.click(on_generate, inputs, list(changing.values()), api_name="generate", concurrency_limit=None, **QUIET)
+    drawn.then(_newest(studio), [parts.token], _history(parts), **PRIVATE)
+    parts.go.click(None, js=TO_RESULTS, api_visibility="private")
+    parts.stop.click(on_stop, outputs=parts.status, queue=False, api_name="generate_stop", **QUIET)
+    demo.unload(on_leave)
+    parts.dice.click(lambda: random.randrange(2**31), outputs=parts.seed, queue=False, api_name="generate_new_seed", **QUIET)
+    parts.less.click(lambda seed: max(0, int(seed or 0) - 1), parts.seed, parts.seed, queue=False, **PRIVATE)
+    parts.more.click(lambda seed: min(2**32 - 1, int(seed or 0) + 1), parts.seed, parts.seed, queue=False, **PRIVATE)
 
-    def on_refresh(*slots: Any) -> list[Any]:
-        return actions.look_again(studio, *slots)
 
-    gr.on([parts.go.click, parts.prompt.submit], on_generate, inputs, list(changing.values()), **GPU, **QUIET)
-    parts.stop.click(on_stop, queue=False, **QUIET)
-    parts.dice.click(lambda: random.randrange(2**31), outputs=parts.seed, queue=False, **QUIET)
-    parts.refresh.click(on_refresh, parts.loras, [*parts.loras, parts.status], **QUIET)
-    parts.base.change(on_base, parts.base, [parts.size, parts.status], **GPU, **QUIET)
-    for slot in parts.loras:
-        slot.change(actions.choose_loras, parts.loras, [*parts.loras, *parts.strengths, parts.beside], queue=False, **QUIET)
-        slot.input(on_check, [parts.base, *parts.loras], parts.status, **GPU, **QUIET)
-    looked = demo.load(on_refresh, parts.loras, [*parts.loras, parts.status], **QUIET)
-    looked.then(on_base, parts.base, [parts.size, parts.status], **GPU, **QUIET)
+def _history(parts: Parts) -> list[Any]:
+    return [parts.history, parts.history_files, parts.page, parts.pages]
+
+
+def _newest(studio: Studio) -> Any:
+    def on_newest(token: str, request: gr.Request) -> tuple[Any, ...]:
+        return actions.history(studio, token, str(request.session_hash), 1, words.language_of(request.headers))
+
+    return on_newest
+
+
+def _wire_history(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
+    changing = {name: getattr(parts, name) for name in (*actions.RESTORED, "status")}
+
+    def on_pick(files: list[str] | None, event: gr.SelectData) -> tuple[str, str]:
+        path = files[event.index] if files and isinstance(event.index, int) and 0 <= event.index < len(files) else ""
+        return path, gallery.text_of(Path(path)) if path and gallery.is_ours(roots, Path(path)) else ""
+
+    def on_restore(path: str | None, request: gr.Request) -> dict[Any, Any]:
+        """Gives the settings that stand in a PNG back to the controls, also those of A1111 and Forge."""
+        language = words.language_of(request.headers)
+        try:
+            changes = actions.restore(studio, Path(path) if path else None, language)
+        except UserError as problem:
+            changes = {"status": actions.message(str(problem), kind="bad")}
+        return {changing[name]: change for name, change in changes.items()}
+
+    def on_use(path: str, request: gr.Request) -> dict[Any, Any]:
+        return on_restore(path if path and gallery.is_ours(roots, Path(path)) else None, request)
+
+    page = [parts.token, parts.page]
+
+    def on_page(token: str, page: float, request: gr.Request) -> tuple[Any, ...]:
+        """Lists this browser's (or session's) own pictures, newest first, a page at a time."""
+        return actions.history(studio, token, str(request.session_hash), page, words.language_of(request.headers))
+
+    def on_newer(token: str, page: float, request: gr.Request) -> tuple[Any, ...]:
+        return on_page(token, (page or 1) - 1, request)
+
+    def on_older(token: str, page: float, request: gr.Request) -> tuple[Any, ...]:
+        return on_page(token, (page or 0) + 1, request)
+
+    parts.page.submit(on_page, page, _history(parts), api_name="generate_history", **QUIET)
+    parts.newer.click(on_newer, page, _history(parts), **PRIVATE)
+    parts.older.click(on_older, page, _history(parts), **PRIVATE)
+    parts.history.select(on_pick, parts.history_files, [parts.picked, parts.text], **PRIVATE)
+    parts.use.click(on_use, parts.picked, list(changing.values()), **PRIVATE)
+    parts.dropped.upload(on_restore, parts.dropped, list(changing.values()), api_name="generate_restore", **QUIET)
+    demo.load(None, outputs=parts.token, js=KEYS, **PRIVATE).then(_newest(studio), parts.token, _history(parts), **PRIVATE)
+
+
+def _wire_lists(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
+    def on_base(base: str, loras: Any, request: gr.Request) -> tuple[Any, Any, str]:
+        """Loads a base if nobody is drawing, and offers the sizes that suit it."""
+        return actions.choose_base(studio, base, loras, words.language_of(request.headers))
+
+    def on_load(request: gr.Request) -> tuple[Any, str]:
+        choices = [*lora_shelf.bases_of(roots), *([] if studio.first == "mini" else [(Path(studio.first).name, studio.first)])]
+        return gr.update(choices=choices), words.say("generate.welcome", words.language_of(request.headers))
+
+    def on_loras(search: str = "", base: str = "mini") -> dict[str, Any]:
+        """Searches the LoRA files: how many match, and the first of them with family, rank, trigger words and why they do not fit."""
+        return generate_cards.found(studio, search, base)
+
+    def on_lora(lora: str, base: str = "mini") -> dict[str, Any]:
+        """One LoRA file's facts by id, with how many of its modules match those of the base."""
+        return generate_cards.card(studio, lora, base)
+
+    def on_sampler(sampler: str, schedule: str) -> Any:
+        known = generate.SAMPLERS.keys() & {sampler}
+        offered = generate.schedules_of(sampler) if known else list(generate.SCHEDULES)
+        return gr.update(choices=offered, value=schedule if schedule in offered else offered[0])
+
+    outputs = [parts.size, parts.loras, parts.status]
+    parts.base.change(on_base, [parts.base, parts.loras], outputs, api_name="generate_base", **QUIET)
+    parts.sampler.input(on_sampler, [parts.sampler, parts.schedule], parts.schedule, queue=False, **PRIVATE)
+    api(on_loras, api_name="generate_loras")
+    api(on_lora, api_name="generate_lora")
+    demo.load(on_load, outputs=[parts.base, parts.welcome], **PRIVATE).then(on_base, [parts.base, parts.loras], outputs, **PRIVATE)
+
+
+def receive(studio: Studio, parts: Parts, event: gr.events.Dependency, setting: gr.components.Component) -> None:
+    """After an event of another page its setting is put into the controls.
+
+    Args:
+        setting: what `compare_cells.setting_of` gives.
+    """
+    changing = {name: getattr(parts, name) for name in (*actions.RESTORED, "status")}
+
+    def on_setting(told: Any, request: gr.Request) -> dict[Any, Any]:
+        changes = actions.take(studio, told, words.language_of(request.headers))
+        return {changing[name]: change for name, change in changes.items()}
+
+    event.then(on_setting, setting, list(changing.values()), **PRIVATE)

@@ -17,6 +17,7 @@ import gradio as gr
 
 from sdlora.errors import UserError
 from sdlora.ui import check_page, generate_page
+from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 
 LORAS, OUTPUTS, DATA = Path("runs"), Path("outputs"), Path("datasets")
@@ -75,16 +76,17 @@ def build(*, loras: Path, outputs: Path, data: Path = DATA, base: str = "mini") 
     """
     if loras.resolve().is_relative_to(outputs.resolve()):
         raise UserError(f"Folder {outputs} holds the LoRA folder {loras}, and all that it holds can be read from the page; choose another.")
-    studio = Studio(loras, outputs)
+    roots = Roots(runs=loras, loras=loras, data=data, outputs=outputs)
+    studio = Studio(roots, first=base)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
         with gr.Tabs():
             with gr.Tab("Draw", elem_id="tab-draw"):
-                parts = generate_page.layout(studio, base=base)
+                parts = generate_page.layout(roots, studio, base=base)
             with gr.Tab("Check pictures", elem_id="tab-check"):
                 check_page.layout(data)
-        generate_page.wire(studio, parts, demo)
+        generate_page.wire(roots, studio, parts, demo)
     return demo
 
 
