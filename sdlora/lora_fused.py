@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -62,6 +63,7 @@ class _Together(torch.autograd.Function):
         return tuple(answer.view(*x.shape[:-1], -1) for answer in made)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, down, *rest = ctx.saved_tensors
         count = len(ctx.ranks)
