@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from sdlora import averaging, base_model, deltas, devices, lora, lora_file, optimizer
+from sdlora import averaging, base_model, deltas, devices, lora, lora_attention, lora_file, lora_flat, optimizer
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
+from sdlora.lora_flat import Flat
 
 
 def add_lora(base: Base, run: Config) -> dict[str, list[str]]:
@@ -99,19 +101,47 @@ def rate_of(part: str, run: Config) -> float:
     return second if part == "text_encoder_2" and second is not None else rates.text_encoder_learning_rate
 
 
-def optimizer_of(base: Base, run: Config) -> torch.optim.Optimizer:
-    """The run's optimizer over all that is trained.
+def each(base: Base) -> list[lora.Adapter]:
+    """The adapters of all parts."""
+    return [adapter for part in base.parts.values() for layer in lora.layers(part).values() for adapter in layer.each_adapter()]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, and by what.
+
+    Args:
+        mover: the optimizer.
+        weights: what it moves.
+        flats: the same with their parts, or none if the optimizer wants matrices.
+        adapters: those whose weights they are.
+    """
+
+    mover: torch.optim.Optimizer
+    weights: list[nn.Parameter]
+    flats: list[Flat]
+    adapters: list[lora.Adapter]
+
+
+def trained(base: Base, run: Config) -> Trained:
+    """The run's optimizer over all that is trained; from then on the base answers in the shortest way.
 
     Raises:
-        UserError: if its package is not installed, or it cannot give parts rates of their own.
+        UserError: if the optimizer's package is not installed, or it cannot give parts rates of their own.
     """
-    every = [adapter for part in base.parts.values() for layer in lora.layers(part).values() for adapter in layer.each_adapter()]
+    every = each(base)
     split = optimizer.with_ratio(groups(base, run), ups=[adapter.up for adapter in every], ratio=run.optimizer.lora_plus_ratio)
-    made = optimizer.make(run.optimizer.name, split, weight_decay=run.optimizer.weight_decay)
     unet = {id(weight) for weight in lora.parameters(base.unet)}
+    flats: list[Flat] = []
+    if optimizer.OPTIMIZERS[run.optimizer.name].shapeless:
+        flats = [lora_flat.pack(weights) for weights, _ in split]
+        unet = {id(flat.whole) for flat in flats if id(flat.parts[0]) in unet}
+        split = [([flat.whole], rate) for flat, (_, rate) in zip(flats, split, strict=True)]
+    made = optimizer.make(run.optimizer.name, split, weight_decay=run.optimizer.weight_decay)
     for group in made.param_groups:
         group["text"] = id(group["params"][0]) not in unet
-    return made
+    lora_attention.share_inputs(base.unet)
+    return Trained(made, [weight for weights, _ in split for weight in weights], flats, every)
 
 
 def rate_factor(run: Config, step: int) -> float:
@@ -130,10 +160,8 @@ def set_rates(mover: torch.optim.Optimizer, run: Config, step: int) -> float:
 
 def limit_norms(base: Base, limit: float) -> None:
     """Scales down every module's update that has grown beyond a norm."""
-    for part in base.parts.values():
-        for layer in lora.layers(part).values():
-            for adapter in layer.each_adapter():
-                averaging.limit_norm(adapter.down, adapter.up, scale=adapter.scale, limit=limit)
+    for adapter in each(base):
+        averaging.limit_norm(adapter.down, adapter.up, scale=adapter.scale, limit=limit)
 
 
 def limits(base: Base, run: Config) -> Iterator[str]:

@@ -36,6 +36,7 @@ from sdlora import (
     samples,
     validation,
 )  # fmt: skip
+from sdlora.adapters import Trained
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.events import Alarm, Continued, Done, Event, Paused, Proving, Reported, Saved, Started, Step, Stopped, Validated
@@ -53,20 +54,28 @@ class Course:
     folder: Path
     ready: Prepared
     accelerator: Accelerator
-    mover: torch.optim.Optimizer
-    trainable: list[nn.Parameter]
+    trained: Trained
     average: list[Tensor]
     alphas: Tensor
     facts: dict[str, Any]
     watch: Watch
 
+    @property
+    def mover(self) -> torch.optim.Optimizer:
+        """The optimizer."""
+        return self.trained.mover
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """What it moves."""
+        return self.trained.weights
+
 
 def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerator) -> Course:
     """The optimizer, the average and the facts around what was prepared."""
     base = ready.base
-    trainable = adapters.parameters(base)
-    mover = adapters.optimizer_of(base, run)
-    average = averaging.start(trainable) if run.optimizer.ema else []
+    trained = adapters.trained(base, run)
+    average = averaging.start(trained.weights) if run.optimizer.ema else []
     facts = resuming.facts(run, base, ready.data.samples, ready.apart)
     processes.agree(json.dumps(facts, sort_keys=True, default=str), what="config, base or set of pictures")
     base_model.set_training(base, True)
@@ -74,7 +83,7 @@ def assembled(run: Config, folder: Path, ready: Prepared, accelerator: Accelerat
         accelerator.init_trackers(
             run.name, config={key: value for key, value in resuming.flat(facts["config"]).items() if not isinstance(value, list)}
         )
-    return Course(run, folder, ready, accelerator, mover, trainable, average, base.alphas, facts, Watch(device=base.device))
+    return Course(run, folder, ready, accelerator, trained, average, base.alphas, facts, Watch(device=base.device))
 
 
 def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[str, Any] | None = None) -> Generator[Event, None, int]:
@@ -208,7 +217,7 @@ def kept(go: Course, step: int) -> Iterator[Event]:
 
 def waited(go: Course, step: int) -> Iterator[Event]:
     """Frees the device and waits until nobody wants the run to pause any more."""
-    with pausing.away(go.ready, go.mover, go.average):
+    with pausing.away(go.ready, go.trained, go.average):
         yield noted(go, Paused(step))
         while run_folder.is_asked(go.folder, "pause") and not run_folder.is_asked(go.folder, "stop"):
             run_lock.beat(go.folder)

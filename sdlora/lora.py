@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from sdlora import deltas
+from sdlora import deltas, lora_fused
 from sdlora.deltas import Update
 from sdlora.errors import UserError
 from sdlora.lora_adapters import PLAIN, Fixed, continued, fresh, is_transposed, oriented
@@ -42,11 +42,23 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """h = base(x) + Σ what each adapter adds; not asked while folded, see `fold`."""
+        if plain := self._plain(x):
+            return lora_fused.answers(x, [plain])[0]
         answer: Tensor = self.base(x)
         for adapter in self.voices():
             if adapter.strength != 0:
                 answer = answer + adapter.answer(self.base, x)
         return answer
+
+    def _plain(self, x: Tensor) -> lora_fused.Linear | None:
+        """Its weights, if it is a linear with one adapter that does nothing special, so that the short way can be taken."""
+        if len(self.adapters) != 1 or not isinstance(self.base, nn.Linear) or x.dtype != self.base.weight.dtype:
+            return None
+        one = self.voice(next(iter(self.adapters)))
+        if not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
+            return None
+        down, up = one.spoken()
+        return lora_fused.Linear(self.base.weight, self.base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
 
     def voices(self) -> Iterator[Adapter | Fixed]:
         """All adapters in the order in which they were added."""
@@ -67,6 +79,15 @@ class LoRALayer(nn.Module):
         weight = base_weight(self.base) if self.pristine is None else self.pristine
         change = deltas.delta(export(adapter), oriented(self.base, weight))
         return None if change is None else oriented(self.base, change) * adapter.strength
+
+
+def together(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """What each of some modules answers to the same input; those that can, at once."""
+    plain = [module._plain(x) if isinstance(module, LoRALayer) else None for module in modules]
+    found = [one for one in plain if one is not None]
+    if len(found) < len(modules):
+        return tuple(module(x) for module in modules)
+    return lora_fused.answers(x, found)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ class Adapter(nn.Module):
         self.alpha = alpha
         self.variant = variant
         self.strength = 1.0
+        self.current: tuple[Tensor, Tensor, Tensor | None] | None = None  # A, B and m while `lora_flat.spread` lasts
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds scale · B A x and does nothing else now."""
+        rules = self.variant
+        drops = self.training and (rules.network_dropout > 0 or rules.rank_dropout > 0 or rules.module_dropout > 0)
+        return self.magnitude is None and self.start_down is None and not drops
 
     @property
     def rank(self) -> int:
@@ -96,17 +104,29 @@ class Adapter(nn.Module):
             return self._nothing()
         if self.magnitude is None:
             return self._low_rank(base, x) * self.scale
-        turned = x * (self._gain(base, self.magnitude) - 1).to(x.dtype)
+        turned = x * (self._gain(base) - 1).to(x.dtype)
         return operate(base, turned) * self.strength + self._low_rank(base, x + turned) * self.scale
 
+    def spoken(self) -> tuple[Tensor, Tensor]:
+        """A and B as they count in an answer: those that `lora_flat` has handed out, or its own."""
+        down, up, _ = self._now()
+        return self._counted(down, up)
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as they count: if relative, [A; A - A₀] and [B - B₀, B₀], whose product is B A - B₀ A₀.
+        """A and B as they count, in fp32."""
+        return self._counted(self.down, self.up)
+
+    def _now(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.current or (self.down, self.up, self.magnitude)
+
+    def _counted(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B; if relative, [A; A - A₀] and [B - B₀, B₀], whose product is B A - B₀ A₀.
 
         The differences are taken in fp32 because the small steps of training would vanish from A and B themselves in bf16 or fp16.
         """
         if self.start_down is None or self.start_up is None:
-            return self.down, self.up
-        return torch.cat([self.down, self.down - self.start_down]), torch.cat([self.up - self.start_up, self.start_up], dim=1)
+            return down, up
+        return torch.cat([down, down - self.start_down]), torch.cat([up - self.start_up, self.start_up], dim=1)
 
     def low_rank(self) -> LowRank:
         """The factors with the alpha that gives them their scale by everyone's formula, alpha / r."""
@@ -116,7 +136,7 @@ class Adapter(nn.Module):
 
     def _low_rank(self, base: nn.Module, x: Tensor) -> Tensor:
         """B A x in the dtype of x; gradients reach the fp32 weights through the cast."""
-        down, up = (factor.to(x.dtype) for factor in self.factors())
+        down, up = (factor.to(x.dtype) for factor in self.spoken())
         if isinstance(base, nn.Conv2d):
             padding = base.padding if isinstance(base.padding, str) else tuple(base.padding)
             hidden = F.conv2d(x, down, None, base.stride, padding, base.dilation)
@@ -125,7 +145,7 @@ class Adapter(nn.Module):
 
     def _nothing(self) -> Tensor:
         """0 with gradients that are 0 and not missing, so that a step in which no module speaks is a step like any other."""
-        return torch.stack([weight.sum() for weight in self.parameters()]).sum() * 0
+        return torch.stack([weight.sum() for weight in self._now() if weight is not None]).sum() * 0
 
     def _dropped(self, hidden: Tensor, *, channel: int) -> Tensor:
         """A x as it is outside training, else without what network and rank dropout take."""
@@ -138,12 +158,14 @@ class Adapter(nn.Module):
             hidden = hidden * kept.to(hidden.dtype).view(-1, *[1] * (-1 - channel))
         return hidden
 
-    def _gain(self, base: nn.Module, magnitude: Tensor) -> Tensor:
+    def _gain(self, base: nn.Module) -> Tensor:
         """g = m / ‖W + ΔW‖ for each input, the norm a constant to the gradient (Liu et al. 2024, section 4.3)."""
         weight = oriented(base, base_weight(base))
         with torch.no_grad():
             change = deltas.product(self.low_rank(), weight.shape)
             norm = deltas.norms(weight.float() + change, per_input=True)
+        *_, magnitude = self._now()
+        assert magnitude is not None
         return (magnitude / norm).view(-1, *[1] * (weight.ndim - 2))
 
 

@@ -102,12 +102,14 @@ class Kind:
         schedules: keys of `SCHEDULES` that make sense with it; the usual one first.
         rate: its usual peak rate as a multiple of AdamW's; None if the usual rate is 1 whatever AdamW's is.
         state: 4-byte numbers that it keeps per trained number of a LoRA, for a forecast of memory (measured at rank 16, width 640).
+        shapeless: whether it treats each number by itself, so that weights may be laid end to end.
     """
 
     make: Callable[[Sequence[Group], float], torch.optim.Optimizer]
     schedules: tuple[str, ...]
     rate: float | None
     state: float
+    shapeless: bool = True
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ _NO_RESTART = tuple(name for name in _ALL if name != "cosine_with_restarts")  # 
 OPTIMIZERS: dict[str, Kind] = {
     "adamw": Kind(lambda groups, weight_decay: adamw(list(groups), weight_decay=weight_decay), _ALL, 1.0, 2.0),
     "adamw8bit": Kind(_adamw_8bit, _ALL, 1.0, 0.56),
-    "adafactor": Kind(_adafactor, _ALL, 1.0, 0.06),
+    "adafactor": Kind(_adafactor, _ALL, 1.0, 0.06, shapeless=False),
     "lion": Kind(_lion, _ALL, 0.2, 1.0),  # "3-10x smaller", Chen et al. 2023, section 5
     "prodigy": Kind(_prodigy, _NO_RESTART, None, 3.5),
     "schedule_free": Kind(_schedule_free, ("constant",), 1.0, 2.0),

@@ -13,8 +13,9 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
-from sdlora import adapters, base_model, config, counts, devices, excerpt, memory, optimizer, prepare, text, trial_process
+from sdlora import adapters, base_model, config, counts, devices, excerpt, lora_flat, memory, optimizer, prepare, text, trial_process
 from sdlora import material as materials
+from sdlora.adapters import Trained
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.counts import StepCost
@@ -156,7 +157,9 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
     seen = excerpt.placeholders(data, base.reduction)
     steps = excerpt.ready(base, data, seen, speech)
     base_model.set_training(base, True)
-    costs = {kind.shape_px: _cost(run, steps, kind) for kind in chosen}
+    resident = _resident(base, device, keeps_text=not ahead)
+    trained = adapters.trained(base, run)
+    costs = {kind.shape_px: _cost(run, steps, kind, trained) for kind in chosen}
     fullest = {kind.shape_px: kind.pictures for kind in chosen}
     flops = sum(kind.share * costs[kind.shape_px].flops * kind.pictures / fullest[kind.shape_px] for kind in kinds)
     states = 0 if speech.states is None else sum(_bytes(one) for one in (speech.states.context, speech.states.pooled)) // len(speech.rows)
@@ -164,7 +167,7 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
     counted = Counted(
         flops=flops * run.optimizer.accumulation,
         parameters=sum(weight.numel() for weight in adapters.parameters(base)),
-        weights_bytes=_resident(base, device, keeps_text=not ahead),
+        weights_bytes=resident,
         trained_bytes=_trained(base, run),
         data_bytes=latent_bytes + states * len(every),
         heaviest=max(costs.values(), key=lambda cost: cost.peak_bytes),
@@ -173,10 +176,11 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
     return Scope(tuple(kinds), len(data.samples), len(found.held_out), drawn, len(seen), len(every)), counted
 
 
-def _cost(run: Config, steps: Prepared, kind: Kind) -> StepCost:
+def _cost(run: Config, steps: Prepared, kind: Kind, trained: Trained) -> StepCost:
     base = steps.base
     there = [tensor for part in base.parts.values() for tensor in (*part.parameters(), *part.buffers())]
-    return counts.of_step(lambda: excerpt.loss(run, steps, kind, base.alphas), weights=there)
+    with lora_flat.spread(trained.flats, trained.adapters, base.dtype):
+        return counts.of_step(lambda: excerpt.loss(run, steps, kind, base.alphas), weights=there)
 
 
 def _resident(base: Base, device: torch.device, *, keeps_text: bool) -> int:

@@ -27,6 +27,7 @@ from sdlora import (
     devices,
     latents,
     lora,
+    lora_flat,
     loss,
     noise,
     optimizer,
@@ -151,11 +152,12 @@ def accumulated(go: Course, step: int) -> Tensor:
     total = torch.zeros((), device=base.device)
     for batch_index in range((step - 1) * parts, step * parts):
         torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
-        batch = gather(run, go.ready, batch_index=batch_index)
-        if batch:
-            batch_loss = loss_of_batch(base, batch, go.alphas, run=run, batch_index=batch_index) / parts
-            go.accelerator.backward(batch_loss)
-            total += batch_loss.detach()
+        with lora_flat.spread(go.trained.flats, go.trained.adapters, base.dtype):
+            batch = gather(run, go.ready, batch_index=batch_index)
+            if batch:
+                batch_loss = loss_of_batch(base, batch, go.alphas, run=run, batch_index=batch_index) / parts
+                go.accelerator.backward(batch_loss)
+                total += batch_loss.detach()
     return total
 
 

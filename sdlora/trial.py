@@ -28,6 +28,7 @@ from sdlora import (
     devices,
     excerpt,
     generate,
+    lora_flat,
     memory,
     optimizer,
     prepare,
@@ -36,6 +37,7 @@ from sdlora import (
     text,
 )
 from sdlora import material as materials
+from sdlora.adapters import Trained
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.excerpt import Kind
@@ -160,15 +162,15 @@ def _measured(run: Config, clock: Clock) -> Iterator[Progress | Measured]:
     trains_text = any(part != "unet" for part in adapters.add_lora(base, run))
     speech, speak_s = _heard(run, base, data, chosen, clock, trains_text=trains_text)
     steps = excerpt.ready(base, data, seen, speech)
-    mover, trainable = adapters.optimizer_of(base, run), adapters.parameters(base)
-    average = averaging.start(trainable) if run.optimizer.ema else []
+    trained = adapters.trained(base, run)
+    average = averaging.start(trained.weights) if run.optimizer.ema else []
     base_model.set_training(base, True)
     clock.lap("start")
     picture_s, picture_bytes = _drawn(run, base, data, clock, keep_text=speech.states is None) if run.sample_every else (0.0, 0)
     yield 2, total
     batches, step_s = list[BatchTime](), 0.0
     for done, kind in enumerate(chosen, start=3):
-        one, step_s = _stepped(run, steps, kind, mover, trainable, average, clock)
+        one, step_s = _stepped(run, steps, kind, trained, average, clock)
         batches.append(one)
         yield done, total
     forward_s = _looked(run, steps, chosen[0], clock)
@@ -237,30 +239,31 @@ def _heard(run: Config, base: Base, data: Material, chosen: Sequence[Kind], cloc
 
 
 def _stepped(
-    run: Config, steps: Prepared, kind: Kind, mover: torch.optim.Optimizer, trainable: Sequence[nn.Parameter], average: Sequence[Tensor],
-    clock: Clock,
-) -> tuple[BatchTime, float]:  # fmt: skip
+    run: Config, steps: Prepared, kind: Kind, trained: Trained, average: Sequence[Tensor], clock: Clock
+) -> tuple[BatchTime, float]:
     """Times of a batch, and seconds of all else in a step; nothing is learned, since the rates are 0."""
     alphas, batch_s, step_s = steps.base.alphas, list[float](), list[float]()
+    mover = trained.mover
     optimizer.set_rates(mover, 0.0)
     clock.lap()
     while len(batch_s) < 2 or (batch_s[-1] < SLOW_S and len(batch_s) <= MOST_REPEATS and sum(batch_s[1:]) < ENOUGH_S):
-        _batch(run, steps, kind, alphas)
+        _batch(run, steps, kind, alphas, trained)
         batch_s.append(clock.lap())
-        nn.utils.clip_grad_norm_(trainable, run.optimizer.clip_norm or math.inf)
+        nn.utils.clip_grad_norm_(trained.weights, run.optimizer.clip_norm or math.inf)
         mover.step()
         mover.zero_grad(set_to_none=True)
         if run.optimizer.max_norm:
             adapters.limit_norms(steps.base, run.optimizer.max_norm)
         if average:
-            averaging.update(average, trainable, decay=1.0)
+            averaging.update(average, trained.weights, decay=1.0)
         step_s.append(clock.lap())
     return BatchTime(kind.shape_px, kind.pictures, batch_s[0], statistics.median(batch_s[1:])), statistics.median(step_s[1:])
 
 
-def _batch(run: Config, steps: Prepared, kind: Kind, alphas: Tensor) -> None:
+def _batch(run: Config, steps: Prepared, kind: Kind, alphas: Tensor, trained: Trained) -> None:
     """Forward and backward; a function of its own, because a graph that outlives its batch makes 0.8 GiB of SD 1.5's heap unusable."""
-    excerpt.loss(run, steps, kind, alphas).backward()  # type: ignore[no-untyped-call]
+    with lora_flat.spread(trained.flats, trained.adapters, steps.base.dtype):
+        excerpt.loss(run, steps, kind, alphas).backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def test_a_weight_that_breaks_between_step_and_save_is_not_written(
     folder = tmp_path / "run"
     going = begun(exacting(made, optimizer=smallest.OPTIMIZER | {"ema": ema}), folder, step=step)
     before = interrupted.contents(folder)
-    going.inside.trainable[3].detach().view(-1)[1] = value
+    going.inside.trained.flats[0].parts[3].detach().view(-1)[1] = value
     with pytest.raises(UserError, match=rf"state of step {step} holds a number that is not finite, so it is not written; [^\n]*$"):
         list(going.run)
     assert interrupted.contents(folder) == before
@@ -255,7 +255,7 @@ def test_a_weight_too_large_for_the_files_numbers_is_said_and_the_run_goes_on_wi
 ) -> None:
     folder, how = tmp_path / "run", smallest.OPTIMIZER | {"ema": 0.0}
     going = begun(exacting(made, optimizer=how), folder, step=STEPS)
-    going.inside.trainable[3].detach().view(-1)[1] = 1e6
+    going.inside.trained.flats[0].parts[3].detach().view(-1)[1] = 1e6
     with pytest.raises(UserError, match=r"reaches 1e\+06, which is infinite in torch\.float16; write the LoRA in bf16 or fp32"):
         list(going.run)
     assert not run_folder.result_path(folder, "tiny").exists()

@@ -1,0 +1,88 @@
+"""The same answers in fewer pieces: linears that see one input, their adapters, and the whole way back as one autograd function.
+
+Written out, y = W x + b + s B A x is five operations and leaves autograd seven more and a sum for the way back. Here it is a product for
+the base, one for all A's of linears with the same input (q, k and v of an attention), and one per B that adds onto the base's answer in
+place; back, the gradients of the input are added up by the products themselves. x is kept once for all of them. Dropouts, DoRA,
+convolutions and several adapters in one layer take the way that is written out, see `lora.LoRALayer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A frozen linear with its update: W [out, in], b [out] or None, A [r, in], B [out, r], and s, the factor of B A."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def answers(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """W x + b + s B A x of each linear (Hu et al. 2021, arXiv 2106.09685, section 4.1), with gradients to x, A and B.
+
+    Args:
+        x: [..., in], which all of them see; W, A and B have its dtype.
+        linears: at least one.
+
+    Returns:
+        [..., out] of each.
+    """
+    downs = [one.down for one in linears]
+    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    ranks, scales = [len(one) for one in downs], tuple(one.scale for one in linears)
+    frozen = [part for one in linears for part in (one.weight, one.bias)]
+    made: tuple[Tensor, ...] = _Together.apply(x, ranks, scales, down, *(one.up for one in linears), *frozen)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Together(torch.autograd.Function):
+    """See `answers`; A's one below the other [Σ r, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: list[int], scales: tuple[float, ...], down: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        ups, weights, biases = rest[: len(ranks)], rest[len(ranks) :: 2], rest[len(ranks) + 1 :: 2]
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows @ down.T
+        made = [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
+        for answer, part, up, scale in zip(made, torch.split(hidden, ranks, 1), ups, scales, strict=True):
+            answer.addmm_(part, up.T, alpha=scale)  # type: ignore[union-attr]
+        ctx.save_for_backward(rows, hidden, down, *ups, *weights)
+        ctx.ranks, ctx.scales, ctx.shape = ranks, scales, x.shape
+        return tuple(answer.view(*x.shape[:-1], -1) for answer in made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, down, *rest = ctx.saved_tensors
+        count = len(ctx.ranks)
+        ups, weights = rest[:count], rest[count:]
+        flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        inner = torch.empty_like(hidden)
+        for part, gradient, up, scale in zip(torch.split(inner, ctx.ranks, 1), flat, ups, ctx.scales, strict=True):
+            torch.addmm(part, gradient, up, beta=0, alpha=scale, out=part)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = flat[0] @ weights[0]
+            for gradient, weight in zip(flat[1:], weights[1:], strict=True):
+                to_x.addmm_(gradient, weight)
+            to_x = to_x.addmm_(inner, down).view(ctx.shape)
+        to_down = inner.T @ rows if ctx.needs_input_grad[3] else None
+        to_ups = [
+            torch.addmm(up, gradient.T, part, beta=0, alpha=scale) if needed else None
+            for up, gradient, part, scale, needed in zip(
+                ups, flat, torch.split(hidden, ctx.ranks, 1), ctx.scales, ctx.needs_input_grad[4 : 4 + count], strict=True
+            )
+        ]
+        return (to_x, None, None, to_down, *to_ups, *[None] * (2 * count))
