@@ -120,6 +120,7 @@ def chosen(studio: Studio, value: object) -> list[LoRA]:
             path = path_of(studio.roots, row["lora"])
             strength, text = _strength(row.get("strength", 1.0), path), row.get("text")
             course = _course(str(row.get("course") or ""), path)
+            text = strength if text is None and course else text  # the course is the UNet's; the card's strength stays the text encoder's
             loras.append(LoRA(path, strength, None if text is None else _strength(text, path), course=course))
     return loras
 
@@ -204,7 +205,6 @@ def rows_of(studio: Studio, tags: Sequence[Tag]) -> tuple[list[dict[str, Any]], 
         except UserError as problem:
             missed.append(str(problem))
             continue
-        text = None if tag.text_strength == tag.strength else tag.text_strength
-        course = prompts.course_text(tag.course)
-        rows.append({"lora": keys[path], "strength": tag.strength, "text": text, "on": True, "course": course})
+        text = None if tag.text_strength == tag.strength and not tag.course else tag.text_strength
+        rows.append({"lora": keys[path], "strength": tag.strength, "text": text, "on": True, "course": prompts.course_text(tag.course)})
     return rows, missed

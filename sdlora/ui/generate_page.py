@@ -89,10 +89,19 @@ def _wire_drawing(studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     inputs = [getattr(parts, one.name) for one in fields(Form)]
     changing = {name: getattr(parts, name) for name in ("status", "preview", "go", "stop", "welcome", "with_lora", "without", "seed")}
 
-    async def on_generate(request: gr.Request, *values: Any) -> AsyncIterator[dict[Any, Any]]:
+    async def on_generate(
+        request: gr.Request, prompt: Any, negative: Any = "", loras: Any = None, beside: Any = True, seed: Any = 0, random: Any = False,
+        count: Any = 1, steps: Any = 20, guidance: Any = 4.0, sampler: Any = "DPM++ 2M", schedule: Any = "Automatic", size: Any = "",
+        clip_skip: Any = 0, base: Any = "mini", picture: Any = None, denoise: Any = 0.75, hires_scale: Any = 1.0, hires_denoise: Any = 0.5,
+        token: Any = "",
+    ) -> AsyncIterator[dict[Any, Any]]:  # fmt: skip
         """Draws pictures in the order in which they are asked for; yields how far it is, and at the end the files."""
         language = words.language_of(request.headers)
-        async for changes in actions.generate_pictures(studio, str(request.session_hash), language, Form(*values)):
+        form = Form(
+            prompt, negative, loras, beside, seed, random, count, steps, guidance, sampler, schedule, size, clip_skip, base, picture,
+            denoise, hires_scale, hires_denoise, token,
+        )  # fmt: skip
+        async for changes in actions.generate_pictures(studio, str(request.session_hash), language, form):
             yield {changing[name]: change for name, change in changes.items()}
 
     def on_stop(request: gr.Request) -> str:

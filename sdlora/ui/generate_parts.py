@@ -79,7 +79,7 @@ def layout(roots: Roots, studio: Studio, *, base: str = "mini") -> Parts:
             made |= _settings(roots, studio, base) | _beginnings()
         with gr.Column(scale=6, min_width=320):
             made |= _results() | _history()
-    made["token"] = gr.Textbox(label="token", visible="hidden", elem_id="generate-token")
+    made["token"] = gr.Textbox("", label="token", visible="hidden", elem_id="generate-token")
     return Parts(**made)
 
 
@@ -97,7 +97,7 @@ def _words(studio: Studio, base: str) -> dict[str, Any]:
         for i, example in enumerate(EXAMPLES):
             button = gr.Button(example, size="sm", variant="secondary", min_width=60, elem_id=f"example-{i}")
             button.click(None, js=f"() => '{example}'", outputs=made["prompt"], api_visibility="private")
-    made["negative"] = gr.Textbox(lines=1, max_lines=6, **_said("negative", elem_id="negative"))
+    made["negative"] = gr.Textbox("", lines=1, max_lines=6, **_said("negative", elem_id="negative"))
     made["loras"] = generate_cards.control(studio, base=base)
     made["beside"] = gr.Checkbox(True, **_said("beside", elem_id="beside"))
     return made
