@@ -19,6 +19,7 @@ from sdlora.generate import LoRA, Request
 CELL_PX = 160  # smaller pictures are enlarged to at least this
 GAP_PX = 6
 LABEL_PX = 150
+LONGEST = 200  # characters of a line that are looked at
 HEAD_PX, GROUP_PX, TITLE_PX = 48, 26, 30
 PAPER, INK, FAINT, EMPTY = (250, 249, 246), (40, 38, 44), (120, 116, 126), (236, 234, 229)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -154,7 +155,7 @@ def _fitting(label: str, width: float, font: Font) -> str:
     """The label, each line cut to a width."""
     lines = []
     for line in label.split("\n"):
-        kept = line
+        kept = line if len(line) <= LONGEST else line[:LONGEST] + "…"  # measuring 5,000 letters one by one less takes seconds
         while font.getlength(kept) > width and len(kept) > 4:
             kept = kept.rstrip("…")[:-1] + "…"
         lines.append(kept)
@@ -164,13 +165,13 @@ def _fitting(label: str, width: float, font: Font) -> str:
 def _wrapped(words: str, width: float, font: Font, *, most_lines: int = 7) -> str:
     """The words in lines of at most a width."""
     lines = [""]
-    for word in words.split():
+    for word in words[: LONGEST * most_lines].split():
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width or not lines[-1]:
             lines[-1] = joined
         else:
             lines.append(word)
     kept = lines[:most_lines]
-    if len(lines) > most_lines:
+    if len(lines) > most_lines or len(words) > LONGEST * most_lines:
         kept[-1] += " …"
     return _fitting("\n".join(kept), width, font)

@@ -84,7 +84,7 @@ def free(folder: Path, name: str) -> Path:
     target = folder / f"{name}.safetensors"
     for one in (target, *(target.with_name(name + ending) for ending in lora_notes.ENDINGS)):
         if one.exists() or one.is_symlink():
-            raise UserError(f"{one} is there already, and nothing is written over; choose another name.")
+            raise UserError(f"{one.name} is there already, and nothing is written over; choose another name.")
     return target
 
 

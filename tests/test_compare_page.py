@@ -25,7 +25,7 @@ from tests.shelf import make_roots, make_studio, served
 
 CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE_MS = 120_000
-pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting")  # gradio asks pandas for it after some calls
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # gradio counts its calls with pandas
 
 
 @pytest.fixture(scope="module")

@@ -221,8 +221,10 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
             return message(str(problem), kind="bad")
 
     def on_pick(shown: cells.Shown | None, event: gr.SelectData) -> Any:
-        x, y = event.index
-        return cells.cell_at(shown, x, y) or gr.update()
+        match getattr(event, "index", None):  # a direct post may come without, or with anything
+            case [int() | float() as x, int() | float() as y]:
+                return cells.cell_at(shown, x, y) or gr.update()
+        return gr.update()
 
     def on_load(request: gr.Request) -> tuple[Any, ...]:
         *updates, said = on_refresh(request)

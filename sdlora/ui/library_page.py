@@ -5,6 +5,7 @@ What is seen stands in `library_layout`. A card is chosen by the id that it carr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,8 +76,9 @@ def _looking(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
             return message(actions.clean(str(problem)), kind="bad"), ""
 
     def on_card(event: gr.EventData) -> Any:
-        key = event._data.get("key") if isinstance(event._data, dict) else None
-        return key if isinstance(key, str) else gr.update()
+        data = getattr(event, "_data", None)  # a direct post may come without, or with anything
+        key = data.get("key") if isinstance(data, dict) else None
+        return key if isinstance(key, str) and re.fullmatch("[0-9a-f]{16}", key) else gr.update()
 
     filters = [parts.what, parts.search, parts.family, parts.order]
     listed = [parts.cards, parts.page, parts.chosen, parts.status]
