@@ -155,18 +155,17 @@ def history(studio: Studio, token: Any, session: str, page: Any, language: str =
     )  # fmt: skip
 
 
-def choose_base(studio: Studio, word: str, loras: Any, language: str = "en") -> tuple[Any, Any, str]:
-    """A base was chosen: offers the sizes that suit it, tells the cards, and says what it draws."""
-    value = {"base": str(word), "chosen": loras.get("chosen", []) if isinstance(loras, dict) else []}
+def choose_base(studio: Studio, word: str, language: str = "en") -> tuple[Any, str]:
+    """A base was chosen: offers the sizes that suit it, and says what it draws."""
     try:
         found = studios.look_at_base(studio, studios.base_of(studio, str(word or "").strip()))
     except UserError as problem:
-        return gr.update(), value, message(str(problem), kind="bad")
+        return gr.update(), message(str(problem), kind="bad")
     if found is None:
-        return gr.update(), value, message(words.say("generate.base_later", language))
+        return gr.update(), message(words.say("generate.base_later", language))
     side = found[0]
     sizes = [f"{side}x{side}", f"{side}x{side * 3 // 2}", f"{side * 3 // 2}x{side}"]
-    return gr.update(choices=sizes), value, message(words.say("generate.ready", language, side=side))
+    return gr.update(choices=sizes), message(words.say("generate.ready", language, side=side))
 
 
 def restore(studio: Studio, path: Path | None, language: str = "en") -> dict[str, Any]:
@@ -190,7 +189,7 @@ def restore(studio: Studio, path: Path | None, language: str = "en") -> dict[str
     values = {
         "prompt": request.prompt if spoken else prompts.escaped(request.prompt),
         "negative": request.negative if spoken else prompts.escaped(request.negative),
-        "loras": {"base": base or "mini", "chosen": rows}, "seed": request.seed, "random": False, "count": 1, "steps": request.steps,
+        "loras": {"chosen": rows}, "seed": request.seed, "random": False, "count": 1, "steps": request.steps,
         "guidance": request.guidance, "sampler": request.sampler, "schedule": request.schedule, "size": size,
         "clip_skip": request.clip_skip or 0, "denoise": request.denoise, "hires_scale": request.hires_scale,
         "hires_denoise": request.hires_denoise,
@@ -217,7 +216,7 @@ def take(studio: Studio, setting: Any, language: str = "en") -> dict[str, Any]:
     names = ("seed", "steps", "guidance", "sampler", "base")
     values = {name: setting[name] for name in names} | {
         "prompt": prompts.escaped(setting["prompt"]), "negative": prompts.escaped(setting["negative"]),
-        "loras": {"base": setting["base"], "chosen": rows}, "size": f"{side}x{setting['height_px']}" if side else OWN_SIZE,
+        "loras": {"chosen": rows}, "size": f"{side}x{setting['height_px']}" if side else OWN_SIZE,
         "random": False,
     }  # fmt: skip
     return {name: gr.update(value=value) for name, value in values.items()} | {

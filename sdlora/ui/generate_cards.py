@@ -1,7 +1,7 @@
 """The LoRAs of a drawing as cards: any number of them, each with its picture, its facts and its strengths.
 
-The cards are one control. Its value is what is chosen, as plain data: {"base": …, "chosen": [{"lora": id, "strength": 1, "text": null,
-"on": true, "course": ""}, …]}, so that a program can hand over the same list that the page does. Facts of files are asked for by id and
+The cards are one control. Its value is what is chosen, as plain data: {"chosen": [{"lora": id, "strength": 1, "text": null, "on": true,
+"course": ""}, …]}, so that a program can hand over the same list that the page does. Facts of files are asked for by id and
 shown as text, never as HTML. No LoRA is hidden because it does not fit; its card says why it does not.
 """
 
@@ -24,13 +24,13 @@ from sdlora.ui import lora_shelf, words
 from sdlora.ui import roots as places
 from sdlora.ui import studio as studios
 from sdlora.ui.generate_cards_js import CSS, HTML, SCRIPT
+from sdlora.ui.generate_cards_js import TELL_BASE as TELL_BASE
 from sdlora.ui.lora_shelf import Item
 from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 
 FOUND = 24  # LoRAs that a search shows at once
 STRONGEST = 2.0
-EMPTY: dict[str, Any] = {"base": "mini", "chosen": []}
 
 
 def control(studio: Studio, *, base: str) -> gr.HTML:
@@ -47,7 +47,7 @@ def control(studio: Studio, *, base: str) -> gr.HTML:
         return card(studio, *_pair(told))
 
     return gr.HTML(
-        EMPTY | {"base": base}, html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False, texts=texts,
+        {"chosen": []}, base=base, html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False, texts=texts,
         server_functions=[find, look], elem_id="loras", label="LoRA",
     )  # fmt: skip
 

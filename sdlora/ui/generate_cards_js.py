@@ -56,6 +56,7 @@ SCRIPT = r"""
 const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
 const [cards, add, picker, search, count, results] =
   [".cards", ".add", ".picker", ".search", ".count", ".results"].map((one) => element.querySelector(one));
+const base = () => window.sdloraBase || props.base;
 const known = new Map();
 let asked = 0, drawn = "";
 const make = (tag, className, text) => {
@@ -65,7 +66,7 @@ const make = (tag, className, text) => {
   if (tag === "button") made.type = "button";
   return made;
 };
-const value = () => JSON.parse(JSON.stringify(props.value || { base: "mini", chosen: [] }));
+const value = () => JSON.parse(JSON.stringify(props.value || { chosen: [] }));
 const put = (change) => { const now = value(); change(now.chosen); drawn = JSON.stringify(now); props.value = now; };
 const shot = (facts) => {
   const made = make(facts.picture ? "img" : "div", "shot");
@@ -146,12 +147,12 @@ const render = () => {
 };
 const learn = async () => {
   const now = value();
-  await Promise.all(now.chosen.map(async (one) => known.set(one.lora, await server.look([one.lora, now.base]))));
+  await Promise.all(now.chosen.map(async (one) => known.set(one.lora, await server.look([one.lora, base()]))));
   render();
 };
 const list = async () => {
-  const turn = ++asked, now = value();
-  const told = await server.find([search.value, now.base]);
+  const turn = ++asked;
+  const told = await server.find([search.value, base()]);
   if (turn !== asked) return;
   count.textContent = told.count + " " + texts.found;
   results.replaceChildren(...told.loras.map((facts) => {
@@ -181,7 +182,11 @@ search.setAttribute("aria-label", texts.search);
 add.addEventListener("click", () => open(picker.hidden));
 search.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(list, 200); });
 picker.addEventListener("keydown", (event) => { if (event.key === "Escape") { open(false); add.focus(); event.stopPropagation(); } });
+window.addEventListener("sdlora-base", () => learn());
 watch("value", () => { if (JSON.stringify(value()) !== drawn) { render(); learn(); } });
 render();
 if (value().chosen.length) learn();
 """
+
+# The base is another control: a change of it is told to the cards, which then ask anew whether their files fit.
+TELL_BASE = """(base) => { window.sdloraBase = base; window.dispatchEvent(new Event("sdlora-base")); }"""

@@ -174,9 +174,9 @@ def _wire_history(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -
 
 
 def _wire_lists(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
-    def on_base(base: str, loras: Any, request: gr.Request) -> tuple[Any, Any, str]:
+    def on_base(base: str, request: gr.Request) -> tuple[Any, str]:
         """Loads a base if nobody is drawing, and offers the sizes that suit it."""
-        return actions.choose_base(studio, base, loras, words.language_of(request.headers))
+        return actions.choose_base(studio, base, words.language_of(request.headers))
 
     def on_load(request: gr.Request) -> tuple[Any, str]:
         choices = [*lora_shelf.bases_of(roots), *([] if studio.first == "mini" else [(Path(studio.first).name, studio.first)])]
@@ -195,12 +195,13 @@ def _wire_lists(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> 
         offered = generate.schedules_of(sampler) if known else list(generate.SCHEDULES)
         return gr.update(choices=offered, value=schedule if schedule in offered else offered[0])
 
-    outputs = [parts.size, parts.loras, parts.status]
-    parts.base.change(on_base, [parts.base, parts.loras], outputs, api_name="generate_base", **QUIET)
+    outputs = [parts.size, parts.status]
+    parts.base.change(None, parts.base, js=generate_cards.TELL_BASE, api_visibility="private")
+    parts.base.change(on_base, parts.base, outputs, api_name="generate_base", **QUIET)
     parts.sampler.input(on_sampler, [parts.sampler, parts.schedule], parts.schedule, queue=False, **PRIVATE)
     api(on_loras, api_name="generate_loras")
     api(on_lora, api_name="generate_lora")
-    demo.load(on_load, outputs=[parts.base, parts.welcome], **PRIVATE).then(on_base, [parts.base, parts.loras], outputs, **PRIVATE)
+    demo.load(on_load, outputs=[parts.base, parts.welcome], **PRIVATE).then(on_base, parts.base, outputs, **PRIVATE)
 
 
 def receive(studio: Studio, parts: Parts, event: gr.events.Dependency, setting: gr.components.Component) -> None:
