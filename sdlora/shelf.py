@@ -142,7 +142,12 @@ def legacy_hash(path: Path) -> str:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a LoRA file is of, if it is of one."""
-    places = (path.parent, path.parent.parent) if path.parent.name == "checkpoints" else (path.parent,)
+    return run_of_folder(path.parent)
+
+
+def run_of_folder(folder: Path) -> Path | None:
+    """The run folder that the LoRA files in a folder are of: itself, or the one whose checkpoints it holds."""
+    places = (folder, folder.parent) if folder.name == "checkpoints" else (folder,)
     return next((place for place in places if runs.is_run(place)), None)
 
 

@@ -66,7 +66,7 @@ def copy_base(base: Path, goal: Path) -> None:
 
 def make_studio(roots: Roots) -> Studio:
     """The page's workplace over these roots."""
-    return Studio(roots) if "roots" in Studio.__dataclass_fields__ else Studio(roots.runs, roots.outputs)
+    return Studio(roots)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def _lines(work: Iterator[str], language: str) -> Iterator[str]:
 
 def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     """Says what each press does."""
+    lora_shelf.warm(roots)
     _looking(roots, parts, demo)
     _changing(roots, parts)
     _making(roots, parts)

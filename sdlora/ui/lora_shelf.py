@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -31,12 +32,19 @@ _LIMIT_PX = 40_000_000  # of a picture that somebody put beside a file
 
 @dataclass(frozen=True)
 class Item:
-    """A LoRA file of the list: its id, the name that is shown, what it tells, and the run folder that it is of."""
+    """A LoRA file of the list: its id, the name that is shown, its place, the run folder that it is of, its bytes and unix time."""
 
     key: str
     shown: str
-    facts: Facts
+    path: Path
     run: Path | None
+    size_bytes: int
+    written_s: float
+
+    @property
+    def facts(self) -> Facts:
+        """What its header tells: read when it is first asked for, as 500 headers of SDXL take some seconds."""
+        return shelf.facts(self.path)
 
 
 def paths(roots: Roots) -> dict[str, Path]:
@@ -49,16 +57,28 @@ def _is_lora(path: Path) -> bool:
 
 
 def items(roots: Roots) -> list[Item]:
-    """All LoRA files with their facts. A file's name is shown alone if it is the only one of that name."""
+    """All LoRA files. A file's name is shown alone if it is the only one of that name."""
     found = paths(roots)
     stems = Counter(path.stem for path in found.values())
-    listed = []
-    for key, path in found.items():
-        folder = shelf.run_of(path)
-        above = path.parent if path.parent.name != "checkpoints" else path.parent.parent
-        shown = path.stem if stems[path.stem] == 1 else f"{above.name}/{path.stem}"
-        listed.append(Item(key, shown.encode("utf-8", "replace").decode(), shelf.facts(path), folder))
-    return listed
+    run_of = cache(shelf.run_of_folder)  # for this list alone: a folder becomes a run's while the page is open
+    return [_item(key, path, stems, run_of(path.parent)) for key, path in found.items()]
+
+
+def _item(key: str, path: Path, stems: Counter[str], run: Path | None) -> Item:
+    above = path.parent if path.parent.name != "checkpoints" else path.parent.parent
+    shown = path.stem if stems[path.stem] == 1 else f"{above.name}/{path.stem}"
+    size, written_ns = _stamp(path)
+    return Item(key, shown.encode("utf-8", "replace").decode(), path, run, size, written_ns / 1e9)
+
+
+def warm(roots: Roots) -> None:
+    """Reads all headers in a thread of its own, so that the first search need not wait for them."""
+
+    def read() -> None:
+        for one in items(roots):
+            shelf.facts(one.path)
+
+    threading.Thread(target=read, name="headers", daemon=True).start()
 
 
 def item(roots: Roots, key: str) -> Item:
@@ -67,8 +87,9 @@ def item(roots: Roots, key: str) -> Item:
     Raises:
         UserError: if it is not there.
     """
-    places.find(key, paths(roots), what="LoRA")
-    return next(one for one in items(roots) if one.key == key)
+    found = paths(roots)
+    path = places.find(key, found, what="LoRA")
+    return _item(key, path, Counter(one.stem for one in found.values()), shelf.run_of(path))
 
 
 def matching(found: Iterable[Item], *, words: str = "", family: str = "", order: str = "newest") -> list[Item]:
@@ -77,10 +98,10 @@ def matching(found: Iterable[Item], *, words: str = "", family: str = "", order:
     Raises:
         UserError: if the order is unknown.
     """
-    keys = {"newest": lambda one: -one.facts.written_s, "name": lambda one: one.shown.lower(), "size": lambda one: -one.facts.size_bytes}
+    keys = {"newest": lambda one: -one.written_s, "name": lambda one: one.shown.lower(), "size": lambda one: -one.size_bytes}
     if order not in keys:
         raise UserError(f"Order {places.shown(str(order))} is unknown; there are {', '.join(ORDERS)}.")
-    wanted = words.lower().split()
+    wanted = words.lower().split()  # without any, and of all families, no header is read here
     kept = [one for one in found if (not family or one.facts.family == family) and all(word in _text(one) for word in wanted)]
     return sorted(kept, key=keys[order])
 

@@ -39,16 +39,22 @@ class Roots:
 
 def key_of(root: Path, path: Path) -> str:
     """The id of a path in a root, 16 hex digits; the same as long as the file keeps its place."""
-    place = f"{root.resolve()}\0{path.resolve().relative_to(root.resolve()).as_posix()}"
-    return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    real = root.resolve()
+    return _key(real, path.resolve().relative_to(real))
+
+
+def _key(real: Path, place: Path) -> str:
+    return hashlib.sha256(f"{real}\0{place.as_posix()}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def listed(roots: Sequence[Path], wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """What lies in some roots at any depth and is wanted, by id, in order of its place; what a link leads out of its root is left out."""
     found: dict[str, Path] = {}
     for root in roots:
+        real = root.resolve()
         for path in filter(wanted, inside(root)):
-            key = key_of(root, path)
+            # only a link can lie elsewhere than it seems to, as linked folders are not entered
+            key = key_of(root, path) if path.is_symlink() else _key(real, path.relative_to(root))
             if key not in found or found[key].is_symlink():  # a link to another file of the root is the same under a second name
                 found[key] = path
     return found
