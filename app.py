@@ -4,10 +4,11 @@ import sys
 
 from sdlora.errors import UserError
 from sdlora.ui import page
+from sdlora.ui.roots import Roots
 
 if __name__ == "__main__":
     try:
-        page.launch()
+        page.launch(Roots())
     except UserError as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -175,16 +175,20 @@ def inspect(
 def app(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    loras: Annotated[Path, typer.Option(help="folder whose LoRA files are listed")] = Path("runs"),
-    outputs: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("outputs"),
-    data: Annotated[Path, typer.Option(help="folder whose folders of pictures can be looked at")] = Path("datasets"),
+    runs: Annotated[Path, typer.Option(help="folder of runs; their LoRA files are offered too")] = Path("runs"),
+    loras: Annotated[Path, typer.Option(help="folder of other LoRA files")] = Path("loras"),
+    data: Annotated[Path, typer.Option(help="folder of folders of pictures")] = Path("datasets"),
+    bases: Annotated[Path, typer.Option(help="folder of checkpoints and diffusers folders")] = Path("bases"),
+    outputs: Annotated[Path, typer.Option(help="folder for pictures; all in it can be seen from the page")] = Path("outputs"),
+    trash: Annotated[Path, typer.Option(help="folder for what is deleted on the page")] = Path("trash"),
     base: BaseName = "mini",
     password: Annotated[str | None, typer.Option(envvar="SDLORA_PASSWORD", help="needed to listen beyond this machine")] = None,
 ) -> None:
-    """Opens the page on which LoRAs are tried."""
+    """Opens the page in the browser: train, generate, compare, and the library of all LoRAs."""
     from sdlora.ui import page
+    from sdlora.ui.roots import Roots
 
-    page.launch(host=host, port=port, loras=loras, outputs=outputs, data=data, base=base, password=password)
+    page.launch(Roots(runs, loras, data, bases, outputs, trash), host=host, port=port, base=base, password=password)
 
 
 def main() -> None:

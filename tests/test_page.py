@@ -4,6 +4,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from sdlora.errors import UserError
 from sdlora.ui import gallery, generate_page, page
+from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 from tests import shelf
 
@@ -39,14 +41,15 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 def test_only_this_computer_may_connect_without_a_password(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"0\.0\.0\.0 lets other computers in"):
-        page.launch(host="0.0.0.0", port=free_port(), loras=tmp_path / "loras", outputs=tmp_path / "outputs")
-    with pytest.raises(UserError, match="can be read from the page"):
-        page.build(loras=tmp_path / "outputs/loras", outputs=tmp_path / "outputs")
+        page.launch(Roots(), host="0.0.0.0", port=free_port())
+    for name in ("runs", "loras", "bases", "trash"):
+        with pytest.raises(UserError, match="can be read from the page"):
+            page.build(Roots(outputs=tmp_path, **{name: tmp_path / "inside"}))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match="taken"):
-            page.launch(port=taken.getsockname()[1], loras=tmp_path / "loras", outputs=tmp_path / "outputs", wait=False)
+            page.launch(Roots(*(tmp_path / one.name for one in fields(Roots))), port=taken.getsockname()[1], wait=False)
 
 
 def free_port() -> int:
@@ -57,8 +60,7 @@ def free_port() -> int:
 
 
 def test_a_password_is_asked_for_and_lora_files_are_never_served(place: Studio, tiny_base: Path) -> None:
-    options: dict[str, Any] = {"loras": place.roots.loras, "outputs": place.roots.outputs, "base": str(tiny_base), "wait": False}
-    demo = page.launch(port=free_port(), password="open sesame", **options)
+    demo = page.launch(place.roots, port=free_port(), password="open sesame", base=str(tiny_base), wait=False)
     try:
         with httpx.Client(base_url=str(demo.local_url)) as browser:
             assert browser.get("/config").status_code == 401

@@ -9,21 +9,23 @@ from __future__ import annotations
 import hmac
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
 
 from sdlora.errors import UserError
-from sdlora.ui import check_page, generate_page
+from sdlora.ui import check_page, compare_page, generate_page, library_page, words
 from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
+from sdlora.ui.words import label
 
-LORAS, OUTPUTS, DATA = Path("runs"), Path("outputs"), Path("datasets")
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+LARGEST_UPLOAD = "4gb"  # a LoRA of everything in SDXL has 3; each page has a limit of its own
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-TITLE = """<h1>sdlora</h1><p>Draw with Stable Diffusion, and see what your LoRA changes.</p>"""
-CSS = """
+TITLE = """<h1>sdlora</h1><p>Train a Stable Diffusion LoRA, and see what it changes.</p>"""
+_OWN = """
 .gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.9rem; font-weight: 700; margin: 0; letter-spacing: -0.02em; }
 #title p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0; }
@@ -60,39 +62,45 @@ CSS = """
 .finding.busy { box-shadow: inset 4px 0 0 #d97706; }
 .finding.calm { box-shadow: inset 4px 0 0 #3b6fb5; }
 """
+CSS = _OWN + generate_page.CSS + compare_page.CSS + library_page.CSS
 
 
-def build(*, loras: Path, outputs: Path, data: Path = DATA, base: str = "mini") -> gr.Blocks:
+def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
     """The page, not yet listening.
 
     Args:
-        loras: where LoRA files are looked for, at any depth.
-        outputs: where pictures are saved; all files in it can be read from the page.
-        data: folders of pictures that can be looked at.
-        base: as for `base_files.load`.
+        base: the one that is chosen at first, as for `base_files.load`.
 
     Raises:
-        UserError: if the LoRA files lie inside the folder of pictures.
+        UserError: if LoRA files or runs lie inside the folder of pictures.
     """
-    if loras.resolve().is_relative_to(outputs.resolve()):
-        raise UserError(f"Folder {outputs} holds the LoRA folder {loras}, and all that it holds can be read from the page; choose another.")
-    roots = Roots(runs=loras, loras=loras, data=data, outputs=outputs)
+    for inside in (roots.runs, roots.loras, roots.bases, roots.trash):
+        if inside.resolve().is_relative_to(roots.outputs.resolve()):
+            raise UserError(f"Folder {roots.outputs} holds {inside}, and all that it holds can be read from the page; choose another.")
     studio = Studio(roots, first=base)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
-        with gr.Tabs():
-            with gr.Tab("Draw", elem_id="tab-draw"):
-                parts = generate_page.layout(roots, studio, base=base)
-            with gr.Tab("Check pictures", elem_id="tab-check"):
-                check_page.layout(data)
-        generate_page.wire(roots, studio, parts, demo)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab(label("page.train"), id="train", elem_id="tab-train"):
+                check_page.layout(roots.data)
+            with gr.Tab(label("page.generate"), id="generate", elem_id="tab-generate"):
+                drawing = generate_page.layout(roots, studio, base=base)
+            with gr.Tab(label("page.compare"), id="compare", elem_id="tab-compare"):
+                comparing = compare_page.layout(roots, studio, base=base)
+            with gr.Tab(label("page.library"), id="library", elem_id="tab-library"):
+                shelf = library_page.layout(roots, studio, base=base)
+        generate_page.wire(roots, studio, drawing, demo)
+        used = compare_page.wire(roots, studio, comparing, demo)
+        library_page.wire(roots, studio, shelf, demo)
+        generate_page.receive(studio, drawing, used, comparing.setting)
+        used.then(lambda setting: gr.Tabs(selected="generate") if setting else gr.Tabs(), comparing.setting, tabs, **QUIET)
     return demo
 
 
 def launch(
-    *, host: str = "127.0.0.1", port: int = 7860, loras: Path = LORAS, outputs: Path = OUTPUTS, data: Path = DATA, base: str = "mini",
-    password: str | None = None, open_browser: bool = False, wait: bool = True,
+    roots: Roots, *, host: str = "127.0.0.1", port: int = 7860, base: str = "mini", password: str | None = None,
+    open_browser: bool = False, wait: bool = True,
 ) -> gr.Blocks:  # fmt: skip
     """Serves the page; returns when it is interrupted, or at once if `wait` is false.
 
@@ -105,11 +113,12 @@ def launch(
     """
     if host not in LOOPBACK and not password:
         raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
-    demo = build(loras=loras, outputs=outputs, data=data, base=base)
+    demo = build(roots, base=base)
     try:
         demo.launch(
             server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,
-            share=False, ssr_mode=False, footer_links=[], allowed_paths=[str(outputs.resolve())], theme=_theme(), css=CSS,
+            share=False, ssr_mode=False, footer_links=["api"], allowed_paths=[str(roots.outputs.resolve())], theme=_theme(), css=CSS,
+            i18n=words.i18n(), max_file_size=LARGEST_UPLOAD,
         )  # fmt: skip
     except OSError as problem:
         raise UserError(f"Port {port} on {host} cannot be used, most likely because it is taken; choose another with --port.") from problem
