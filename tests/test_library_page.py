@@ -143,7 +143,7 @@ def test_notes_change_no_byte_of_the_file_and_leave_nothing_when_they_are_taken_
 
 
 def test_inside_are_counts_of_matched_keys_both_hashes_and_all_metadata(roots: Roots) -> None:
-    said, html = actions.inspect(roots, key_of(roots, "cups"), base_of(roots), "en")
+    said, html = actions.inspect(make_studio(roots), key_of(roots, "cups"), base_of(roots), "en")
     count = len(lora_file.read(roots.runs / "cups/cups.safetensors").modules)
     assert f"cups and base tiny: {count} of {count} modules match" in said
     metadata = lora_file.read(roots.runs / "cups/cups.safetensors").metadata
@@ -152,10 +152,10 @@ def test_inside_are_counts_of_matched_keys_both_hashes_and_all_metadata(roots: R
     assert metadata["sshs_legacy_hash"] in html
     assert (
         "does not fit base tiny: none of its 1 modules is there"
-        in actions.inspect(roots, key_of(roots, "foreign"), base_of(roots), "en")[0]
+        in actions.inspect(make_studio(roots), key_of(roots, "foreign"), base_of(roots), "en")[0]
     )
     with pytest.raises(UserError, match="was not fetched"):
-        actions.inspect(roots, key_of(roots, "cups"), "nobody/nothing-here", "en")
+        actions.inspect(make_studio(roots), key_of(roots, "cups"), "nobody/nothing-here", "en")
 
 
 # --- changing -------------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_sound_upload_is_kept_as_it_is_and_another_of_its_name_is_refused(root
 
 
 def test_resizing_and_converting_make_new_files_that_say_how_far_they_are(roots: Roots) -> None:
-    *_, said = actions.resize(roots, key_of(roots, "wild"), "small", "rank", 2, "", "en")
+    *_, said = actions.resize(make_studio(roots), key_of(roots, "wild"), "small", "rank", 2, "", "en")
     assert "small was made" in said
     assert "relative error: worst" in said
     assert lora_file.read(roots.loras / "small.safetensors").ranks == [2]
@@ -258,7 +258,7 @@ def test_resizing_and_converting_make_new_files_that_say_how_far_they_are(roots:
         (("y", "rank", 2.5), "a whole number"),
     ):
         with pytest.raises(UserError, match=sentence):
-            list(actions.resize(roots, key_of(roots, "wild"), *values, "", "en"))
+            list(actions.resize(make_studio(roots), key_of(roots, "wild"), *values, "", "en"))
 
 
 def merge_values(roots: Roots, **changed: Any) -> list[Any]:
@@ -267,10 +267,10 @@ def merge_values(roots: Roots, **changed: Any) -> list[Any]:
 
 
 def test_a_merge_is_kept_under_its_name_and_its_preview_draws_the_very_file(roots: Roots, studio: Studio) -> None:
-    *_, said = library_merge.merge(roots, "both", "en", *merge_values(roots))
+    *_, said = library_merge.merge(studio, "both", "en", *merge_values(roots))
     assert "both was made" in said
     assert lora_file.read(roots.loras / "both.safetensors").ranks == [6]
-    recipe = library_merge.recipe_of(roots, *merge_values(roots))
+    recipe = library_merge.recipe_of(studio, *merge_values(roots))
     seen = list(library_merge.preview(studio, recipe, "a cup", 3, "en", threading.Event()))
     row = seen[-1][1]
     assert row is not None
@@ -286,7 +286,7 @@ def test_a_merge_is_kept_under_its_name_and_its_preview_draws_the_very_file(root
     assert [row for _, row in library_merge.preview(studio, recipe, "a cup", 3, "en", stop)][-1] is None
     for changed, sentence in (({"b": ""}, "at least two"), ({"b": key_of(roots, "calm")}, "each once"), ({"wb": 9}, "from -2 to 2")):
         with pytest.raises(UserError, match=sentence):
-            library_merge.recipe_of(roots, *merge_values(roots, **changed))
+            library_merge.recipe_of(studio, *merge_values(roots, **changed))
 
 
 def test_a_share_pack_of_no_run_is_refused(roots: Roots) -> None:

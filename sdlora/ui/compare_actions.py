@@ -51,7 +51,7 @@ class Drawing:
 
 
 def order_of(
-    roots: Roots, base: str, keys: list[str] | None, strengths: str, prompts: str, rows: str, negative: str, seed: float, steps: float,
+    studio: Studio, base: str, keys: list[str] | None, strengths: str, prompts: str, rows: str, negative: str, seed: float, steps: float,
     guidance: float, sampler: str, side: float,
 ) -> Order:  # fmt: skip
     """What the controls ask for.
@@ -70,10 +70,10 @@ def order_of(
     start, count = number(seed, "The seed", 0, 2**32 - 1, whole=True), number(steps, "The number of steps", 1, 150, whole=True)
     side_px = int(px) or None
     request = Request("", negative or "", int(start), int(count), number(guidance, "Guidance", 1, 30), sampler, side_px, side_px)
-    offered = lora_shelf.paths(roots)
+    offered = lora_shelf.paths(studio.roots)
     chosen_paths = [places.find(key, offered, what="LoRA") for key in keys or []]
     sheet = sheets.plan(request, list(dict.fromkeys(lines)), [voice_of(path) for path in chosen_paths], strengths_of(strengths), rows=rows)
-    return Order(places.base_name(roots, base), base, sheet, dict(zip(chosen_paths, keys or [], strict=True)))
+    return Order(studios.base_of(studio, base), base, sheet, dict(zip(chosen_paths, keys or [], strict=True)))
 
 
 def number(value: Any, what: str, low: float, high: float, *, whole: bool = False) -> float:
@@ -138,7 +138,7 @@ def draw_sheet(roots: Roots, studio: Studio, desk: Desk, session: str, language:
     """Draw was pressed: yields what changes on the page, by the control's name; a mistake as its one sentence."""
     free = {"go": gr.update(interactive=True), "stop": gr.update(interactive=False)}
     try:
-        order = order_of(roots, *values)
+        order = order_of(studio, *values)
         yield {"go": gr.update(interactive=False), "stop": gr.update(interactive=True), "status": status(Drawing(), order, language)}
         drawn, shown_s = -1, 0.0
         for state in side_work.run(desk, session, lambda stop: draw(studio, order, stop)):

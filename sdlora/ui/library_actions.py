@@ -28,9 +28,11 @@ from sdlora.lora_tools import Made, Weights
 from sdlora.ui import library_cards as cards
 from sdlora.ui import lora_shelf, words
 from sdlora.ui import roots as places
+from sdlora.ui import studio as studios
 from sdlora.ui.compare_actions import number
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
+from sdlora.ui.studio import Studio
 
 LIMITS = ("rank", "energy", "max_error")
 Answer = TypeVar("Answer")
@@ -101,7 +103,7 @@ def look(roots: Roots, key: str, language: str) -> tuple[str, str]:
     return cards.lora_facts(roots, one, language), clean(one.facts.notes)
 
 
-def inspect(roots: Roots, key: str, base: str, language: str) -> tuple[str, str]:
+def inspect(studio: Studio, key: str, base: str, language: str) -> tuple[str, str]:
     """Reads a LoRA file whole: how it fits a base, and all that it holds.
 
     Returns:
@@ -110,8 +112,8 @@ def inspect(roots: Roots, key: str, base: str, language: str) -> tuple[str, str]
     Raises:
         UserError: if the file or the base cannot be read.
     """
-    path = _lora(roots, key)
-    name, file = base_of(roots, base), lora_file.read(path)
+    path = _lora(studio.roots, key)
+    name, file = base_of(studio, base), lora_file.read(path)
     fit = base_tensors.fit(base_tensors.tensors_of(name), file.modules)
     values = {"name": path.stem, "base": Path(name).name, "sentence": fit.sentence, "reason": fit.why_not}
     status = message(
@@ -120,14 +122,15 @@ def inspect(roots: Roots, key: str, base: str, language: str) -> tuple[str, str]
     return status, cards.inside(lora_file.facts(path), shelf.legacy_hash(path), file.metadata, language)
 
 
-def base_of(roots: Roots, word: str) -> str:
+def base_of(studio: Studio, word: str) -> str:
     """A base's name; one of the hub only if it was fetched before, as looking must not fetch many GB.
 
     Raises:
         UserError: if it is not offered.
     """
-    name = places.base_name(roots, word)
-    if name != "mini" and name not in map(str, places.bases(roots).values()) and hub.cached(name) is None:
+    name = studios.base_of(studio, word)
+    there = ("mini", studio.first, *map(str, places.bases(studio.roots).values()))
+    if name not in there and hub.cached(name) is None:
         raise UserError(f"Base '{name}' was not fetched from the hub yet; draw with it once, then it can be compared with.")
     return name
 
@@ -229,19 +232,20 @@ def _free_folder(parent: Path, name: str) -> Path:
 # --- making -------------------------------------------------------------------------------------------------------------------
 
 
-def resize(roots: Roots, key: str, name: str, limit: str, amount: Any, base: str, language: str) -> Iterator[str]:
+def resize(studio: Studio, key: str, name: str, limit: str, amount: Any, base: str, language: str) -> Iterator[str]:
     """Writes a LoRA at a smaller rank beside the others: yields status lines.
 
     Raises:
         UserError: if it is not there, or the limit is out of range.
     """
+    roots = studio.roots
     path = _lora(roots, key)
     if limit not in LIMITS:
         raise UserError(f"Limit {places.shown(str(limit))} is unknown; there are {', '.join(LIMITS)}.")
     share_of = number(amount, "The amount", 0, 4096, whole=limit == "rank")
     stem = lora_moves.free(roots.loras, lora_moves.checked_name(name or "")).stem
     given: dict[str, Any] = {limit: int(share_of) if limit == "rank" else share_of}
-    yield from keep(roots, stem, lora_extract.resize(path, name=stem, weights=weights_of(roots, base), **given), language)
+    yield from keep(roots, stem, lora_extract.resize(path, name=stem, weights=weights_of(studio, base), **given), language)
 
 
 def convert(roots: Roots, key: str, name: str, to: str, language: str) -> Iterator[str]:
@@ -255,13 +259,13 @@ def convert(roots: Roots, key: str, name: str, to: str, language: str) -> Iterat
     yield from keep(roots, stem, iter([lora_merge.convert(path, to=str(to), name=stem)]), language)
 
 
-def weights_of(roots: Roots, base: str) -> Weights | None:
+def weights_of(studio: Studio, base: str) -> Weights | None:
     """The base's weights, which only DoRA files ask for; None if no base is given.
 
     Raises:
         UserError: if it is not offered.
     """
-    return base_tensors.weights_of(base_of(roots, base)) if base else None
+    return base_tensors.weights_of(base_of(studio, base)) if base else None
 
 
 def keep(roots: Roots, stem: str, work: Iterator[tuple[int, int] | Made], language: str) -> Iterator[str]:

@@ -24,7 +24,6 @@ from sdlora.ui import roots as places
 from sdlora.ui import studio as studios
 from sdlora.ui.compare_actions import LONGEST_PROMPT, number
 from sdlora.ui.generate_actions import message
-from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 
 SLOTS = 4
@@ -40,19 +39,19 @@ class Recipe:
     base: str
 
 
-def recipe_of(roots: Roots, method: str, rank: Any, base: str, *slots: Any) -> Recipe:
+def recipe_of(studio: Studio, method: str, rank: Any, base: str, *slots: Any) -> Recipe:
     """What the controls ask for; `slots` are the ids and then their weights.
 
     Raises:
         UserError: if fewer than two are chosen, one twice, or a number is out of range.
     """
-    offered = lora_shelf.paths(roots)
+    offered = lora_shelf.paths(studio.roots)
     pairs = [(key, weight) for key, weight in zip(slots[: len(slots) // 2], slots[len(slots) // 2 :], strict=True) if key]
     parts = tuple((places.find(key, offered, what="LoRA"), number(weight, "The weight", -2, 2)) for key, weight in pairs)
     if len({path for path, _ in parts}) < max(2, len(parts)):
         raise UserError(f"{len(parts)} LoRAs are chosen for the merge; choose at least two different ones, each once.")
     cut = int(number(rank or 0, "The rank", 0, 4096, whole=True))
-    return Recipe(parts, str(method), cut or None, actions.base_of(roots, base))
+    return Recipe(parts, str(method), cut or None, actions.base_of(studio, base))
 
 
 def merged(recipe: Recipe, name: str) -> Iterator[tuple[int, int] | Made]:
@@ -61,15 +60,15 @@ def merged(recipe: Recipe, name: str) -> Iterator[tuple[int, int] | Made]:
     yield from lora_merge.merge(recipe.parts, name=name, method=recipe.method, rank=recipe.rank, weights=weights)
 
 
-def merge(roots: Roots, name: str, language: str, *values: Any) -> Iterator[str]:
+def merge(studio: Studio, name: str, language: str, *values: Any) -> Iterator[str]:
     """Merge was pressed: yields status lines; the file is kept among the LoRA files.
 
     Raises:
         UserError: if the recipe or the name is not as it must be, or the files do not go together.
     """
-    recipe = recipe_of(roots, *values)
-    stem = lora_moves.free(roots.loras, lora_moves.checked_name(name or "")).stem
-    yield from actions.keep(roots, stem, merged(recipe, stem), language)
+    recipe = recipe_of(studio, *values)
+    stem = lora_moves.free(studio.roots.loras, lora_moves.checked_name(name or "")).stem
+    yield from actions.keep(studio.roots, stem, merged(recipe, stem), language)
 
 
 def preview(

@@ -44,13 +44,13 @@ def _lines(work: Iterator[str], language: str) -> Iterator[str]:
 def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     """Says what each press does."""
     lora_shelf.warm(roots)
-    _looking(roots, parts, demo)
+    _looking(roots, studio, parts, demo)
     _changing(roots, parts)
-    _making(roots, parts)
+    _making(roots, studio, parts)
     _merging(roots, studio, parts)
 
 
-def _looking(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
+def _looking(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
     def on_list(what: str, search: str, family: str, order: str, page: float, request: gr.Request) -> tuple[str, Any, Any, str]:
         """Lists LoRA files or runs: search, family, order, page."""
         language = _language(request)
@@ -72,7 +72,7 @@ def _looking(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
     def on_inspect(key: str, base: str, request: gr.Request) -> tuple[str, str]:
         """Reads a LoRA file whole: modules, hashes, all metadata, and how its keys match a base."""
         try:
-            return actions.inspect(roots, key, base, _language(request))
+            return actions.inspect(studio, key, base, _language(request))
         except UserError as problem:
             return message(actions.clean(str(problem)), kind="bad"), ""
 
@@ -166,11 +166,11 @@ def _list_again(roots: Roots, parts: Parts, event: Any) -> None:
     event.then(on_change, filters, [parts.cards, parts.chosen], api_visibility="private", **QUIET)
 
 
-def _making(roots: Roots, parts: Parts) -> None:
+def _making(roots: Roots, studio: Studio, parts: Parts) -> None:
     def on_resize(key: str, name: str, limit: str, amount: float, base: str, request: gr.Request) -> Iterator[str]:
         """Writes a LoRA at a smaller rank as a new file."""
         language = _language(request)
-        yield from _lines(actions.resize(roots, key, name, limit, amount, base, language), language)
+        yield from _lines(actions.resize(studio, key, name, limit, amount, base, language), language)
 
     def on_convert(key: str, name: str, to: str, request: gr.Request) -> Iterator[str]:
         """Writes a LoRA in another layout as a new file."""
@@ -194,14 +194,14 @@ def _merging(roots: Roots, studio: Studio, parts: Parts) -> None:
     def on_merge(name: str, request: gr.Request, *values: Any) -> Iterator[str]:
         """Merges LoRAs into a new file."""
         language = _language(request)
-        yield from _lines(library_merge.merge(roots, name, language, *values), language)
+        yield from _lines(library_merge.merge(studio, name, language, *values), language)
 
     def on_preview(prompt: str, seed: float, request: gr.Request, *values: Any) -> Iterator[tuple[str, Any, Any]]:
         """Draws a merge beside its parts."""
         language = _language(request)
         ended = gr.update(interactive=False)
         try:
-            wanted = library_merge.recipe_of(roots, *values)
+            wanted = library_merge.recipe_of(studio, *values)
             states = side_work.run(
                 desk, str(request.session_hash),
                 lambda stop: library_merge.preview(studio, wanted, prompt or "", seed, language, stop),

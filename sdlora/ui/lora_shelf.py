@@ -107,7 +107,8 @@ def matching(found: Iterable[Item], *, words: str = "", family: str = "", order:
 
 
 def _text(one: Item) -> str:
-    told = (one.shown, one.facts.trigger, one.facts.base, one.facts.notes, one.facts.family, one.run.name if one.run else "")
+    facts = one.facts
+    told = (one.shown, facts.trigger, facts.base, facts.notes, facts.family, one.run.name if one.run else "")
     return " ".join(told).lower()
 
 
