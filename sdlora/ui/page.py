@@ -61,6 +61,7 @@ _OWN = """
 .finding.bad { box-shadow: inset 4px 0 0 #dc2626; }
 .finding.busy { box-shadow: inset 4px 0 0 #d97706; }
 .finding.calm { box-shadow: inset 4px 0 0 #3b6fb5; }
+@media (max-width: 640px) { #tabs button[role="tab"] { padding: 8px 7px; font-size: 0.9rem; } }
 """
 CSS = _OWN + generate_page.CSS + compare_page.CSS + library_page.CSS
 
@@ -137,6 +138,8 @@ def _theme() -> gr.themes.Base:
         block_title_text_color_dark="*neutral_200", block_label_text_color="*neutral_800",
         block_label_text_color_dark="*neutral_100", button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700", button_primary_text_color="white",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400", block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400", input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
     )  # fmt: skip
 
 
