@@ -61,7 +61,7 @@ _OWN = """
 .finding.bad { box-shadow: inset 4px 0 0 #dc2626; }
 .finding.busy { box-shadow: inset 4px 0 0 #d97706; }
 .finding.calm { box-shadow: inset 4px 0 0 #3b6fb5; }
-@media (max-width: 640px) { #tabs button[role="tab"] { padding: 8px 7px; font-size: 0.9rem; } }
+@media (max-width: 640px) { #tabs .tab-container button { padding: 8px 7px; font-size: 0.9rem; } }
 """
 CSS = _OWN + generate_page.CSS + compare_page.CSS + library_page.CSS
 
