@@ -69,6 +69,14 @@ def make_studio(roots: Roots) -> Studio:
     return Studio(roots)
 
 
+def free_port() -> int:
+    """A port of this computer that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 @contextmanager
 def served(roots: Roots, studio: Studio, *pages: ModuleType) -> Iterator[gr.Blocks]:
     """Some pages listening on a free port of this computer, as `page.launch` serves them."""
@@ -76,11 +84,8 @@ def served(roots: Roots, studio: Studio, *pages: ModuleType) -> Iterator[gr.Bloc
         for one in pages:
             with gr.Tab(one.__name__):
                 one.wire(roots, studio, one.layout(roots, studio), demo)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     demo.launch(
-        server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, i18n=words.i18n(),
+        server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False, i18n=words.i18n(),
         allowed_paths=[str(roots.outputs.resolve())],
     )  # fmt: skip
     try:

@@ -7,6 +7,7 @@ can mend is a `UserError`, which `said` turns into the page's one sentence.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,11 @@ def shelf_of(roots: Roots, what: str, search: str, family: str, order: str, page
         count, draw = len(loras), functools.partial(cards.lora_cards, loras, all_count=len(all_of_them))
     shown = min(wanted, cards.pages(count))
     return draw(page=shown, language=language), shown, cards.pages(count)
+
+
+def turned(page: Any, *, by: int) -> int:
+    """The page before or after one; the first if the control holds no page."""
+    return int(min(max(1, page + by), 100_000)) if isinstance(page, int | float) and math.isfinite(page) else 1
 
 
 def choices_of(roots: Roots, language: str) -> list[tuple[str, str]]:

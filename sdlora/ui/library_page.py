@@ -5,6 +5,7 @@ What is seen stands in `library_layout`. A card is chosen by the id that it carr
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -97,7 +98,7 @@ def _looking(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> Non
     parts.page.submit(on_list, [*filters, parts.page], listed, api_visibility="private", **QUIET)
     for button, by in ((parts.back, -1), (parts.next, 1)):
         turned = button.click(
-            lambda page, by=by: max(1, int(page or 1) + by), parts.page, parts.page, queue=False, api_visibility="private", **QUIET
+            functools.partial(actions.turned, by=by), parts.page, parts.page, queue=False, api_visibility="private", **QUIET
         )  # fmt: skip
         turned.then(on_list, [*filters, parts.page], listed, api_visibility="private", **QUIET)
     demo.load(on_list, [*filters, parts.page], listed, api_visibility="private", **QUIET)
