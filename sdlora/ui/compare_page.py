@@ -28,7 +28,10 @@ GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 CSS = """
 #compare-welcome .welcome { text-align: center; }
 #compare-sheet img { object-fit: contain; cursor: pointer; }
-@media (max-width: 700px) { #compare-sheet .image-frame { overflow-x: auto; } #compare-sheet .image-frame img { min-width: 760px; } }
+@media (max-width: 700px) {
+  #compare-sheet .image-frame { overflow-x: auto; justify-content: flex-start; }
+  #compare-sheet .image-frame img { min-width: 760px; }
+}
 #compare-stop:disabled { background: var(--border-color-primary); color: var(--body-text-color-subdued); opacity: 1; }
 #compare-status, #compare-status > *, #compare-welcome, #compare-welcome > * { padding: 0 !important; }
 """
