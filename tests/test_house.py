@@ -26,7 +26,7 @@ HOUSE = (
         "rooms",
         "cache generate voices picture_settings run_folder run_lock checkpoint resuming samples validation report_facts report_curves runs "
         "dataset_report contact_sheet material adapters result regularisation base_tensors lora_tools lora_merge lora_extract "
-        "bake shelf lora_moves chosen job_states job_line mini.pretrain mini.examples",
+        "bake shelf lora_moves chosen captioner job_states job_line mini.pretrain mini.examples",
     ),
     (
         "stories",

@@ -1,0 +1,162 @@
+"""What the presses on the form do: pictures become a set, form and settings a run, and the run a job in line.
+
+Every function answers a person's mistake with a `UserError`, which the page shows as its sentence.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sdlora import jobs, plan, prepare
+from sdlora import material as materials
+from sdlora.amounts import duration, size
+from sdlora.errors import UserError
+from sdlora.forecast import Forecast
+from sdlora.jobs import Jobs
+from sdlora.linked import Linked
+from sdlora.memory import GIB
+from sdlora.ui import roots as places
+from sdlora.ui import train_settings as settings
+from sdlora.ui import uploads, words
+from sdlora.ui.generate_actions import message
+from sdlora.ui.roots import Roots
+from sdlora.ui.train_settings import Flat, Form
+
+PICTURES = "pictures"  # the run's own copy in its folder
+
+
+def drop(roots: Roots, key: str | None, sources: Sequence[str | Path], language: str) -> tuple[str, str]:
+    """Uploaded files are checked and put into a set, a new one if there is none.
+
+    Returns:
+        The set's id, and what was kept, as the status line.
+
+    Raises:
+        UserError: if nothing was dropped, or nothing of it could be kept.
+    """
+    paths = [Path(one) for one in sources if isinstance(one, str | Path)]
+    if not paths:
+        raise UserError("No files were dropped; drop pictures, 10 to 50 are usual.")
+    try:
+        uploads.set_folder(roots, key)
+    except UserError:
+        key = uploads.make_set(roots)
+    assert isinstance(key, str)
+    kept, refused = uploads.add(roots, key, paths)
+    there = len(uploads.pictures(uploads.set_folder(roots, key)))
+    said = words.say("train.kept", language, kept=kept, count=there)
+    if refused:
+        more = words.say("train.refused_more", language, count=len(refused) - 3) if len(refused) > 3 else ""
+        said = " ".join([said, *refused[:3], more]).strip()
+    return key, message(_clean(said), kind="bad" if refused else "good")
+
+
+def choose(roots: Roots, folder: str, language: str) -> tuple[str, str]:
+    """A listed folder is copied into a new set.
+
+    Raises:
+        UserError: if it is not there, or cannot be copied.
+    """
+    source = places.find(folder, uploads.folders(roots), what="folder")
+    key, count = uploads.copy_in(roots, source)
+    return key, message(_clean(words.say("train.copied", language, name=source.name, count=count)), kind="good")
+
+
+def folder_choices(roots: Roots) -> list[tuple[str, str]]:
+    """What the list of folders offers, by their path in the data root."""
+    found = uploads.folders(roots).items()
+    return [(_clean(path.relative_to(roots.data).as_posix()), key) for key, path in found]
+
+
+def remove(roots: Roots, key: str, picture: str) -> None:
+    """Takes one picture, and its caption, out of a set; the original is not in it.
+
+    Raises:
+        UserError: if there is no such set or picture.
+    """
+    there = {places.key_of(roots.data, path): path for path in uploads.pictures(uploads.set_folder(roots, key))}
+    path = places.find(picture, there, what="picture")
+    uploads.write_caption(path, "")
+    path.unlink(missing_ok=True)
+
+
+# --- before the start ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(roots: Roots, key: str | None) -> Path:
+    """The folder of a set, or of none: settings can be looked at before there are pictures."""
+    try:
+        return uploads.set_folder(roots, key)
+    except UserError:
+        return roots.data / uploads.FOLDER / "none"
+
+
+def forecast(roots: Roots, key: str, form: Form, changes: Flat, language: str, *, measure: bool) -> Iterator[tuple[int, int] | str]:
+    """What the run will take: (done, total) of each trial, and at the end the forecast as HTML; counted at once, measured in a trial.
+
+    Raises:
+        UserError: if the settings, the pictures or the base cannot be used, or nothing fits.
+    """
+    run = settings.run_of(roots, form, changes, uploads.set_folder(roots, key), named=False)
+    if measure:
+        for one in plan.plan(run, measure=True):
+            yield _told(one, prepare.linked_run(run), language) if isinstance(one, Forecast) else one
+        return
+    *_, made = plan.plan(run, measure=False)
+    assert isinstance(made, Forecast)
+    yield _told(made, prepare.linked_run(run), language)
+
+
+def _told(made: Forecast, linked: Linked, language: str) -> str:
+    """A forecast in a line."""
+    run = linked.run
+    held = words.say("train.held_out", language) if run.validation.share else ""
+    values = {
+        "steps": f"{run.steps:,}", "batch": run.batch * run.optimizer.accumulation, "memory": f"{made.peak_bytes / GIB:.2g}",
+        "free": f"{made.limit_bytes / GIB:.3g}", "disk": size(made.disk_bytes),
+        "time": duration(made.total_s) if made.total_s else "",
+    }  # fmt: skip
+    said = words.say("train.forecast_measured" if made.total_s else "train.forecast_counted", language, **values)
+    if made.changes:
+        fits = ", ".join(made.changes)
+        return message(f"{said} {words.say('train.forecast_misfit', language, changes=fits)}", kind="bad")
+    return message(f"{said} {held}".strip(), kind="calm")
+
+
+# --- starting -------------------------------------------------------------------------------------------------------------------
+
+
+def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: str) -> Path:
+    """Train was pressed: the run gets its folder, its own copy of the pictures and its config, and goes in line.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: if something is missing or not allowed; then nothing is left behind.
+    """
+    source = uploads.set_folder(roots, key)
+    run = settings.run_of(roots, form, changes, source)
+    found = materials.find(run)
+    stops = [one for one in found.findings if one.severity == "stops"]
+    if stops:
+        where = f"{uploads.shown(stops[0].path)}: " if stops[0].path else ""
+        raise UserError(f"{where}{stops[0].what} {stops[0].advice}".replace(str(source), "…"))
+    if not found.samples:
+        raise UserError("There is no picture that can be trained on; drop some, and write captions or set a trigger word.")
+    folder = jobs.reserve(line, run.name)
+    try:
+        uploads.freeze(source, folder / PICTURES)
+        own = [run.data[0].model_copy(update={"folder": (folder / PICTURES).resolve()})]
+        base = str(Path(run.base).resolve()) if Path(run.base).exists() and run.base != "mini" else run.base
+        jobs.submit(line, folder, run.model_copy(update={"data": own, "base": base}), owner=owner)
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)  # it is ours alone, and nothing was trained in it
+        raise
+    return folder
+
+
+def _clean(told: str) -> str:
+    return told.encode("utf-8", "replace").decode()

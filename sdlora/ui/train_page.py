@@ -1,0 +1,234 @@
+"""The page on which LoRAs are trained: drop pictures, give a name and a trigger word, press Train; below it what trains now.
+
+`layout` says what is seen, `wire` which press leads to what. The pictures' part is in `captions_page`, the training's in `watch_page`. All
+presses are API endpoints too; from a program, for example:
+
+    client = gradio_client.Client("http://127.0.0.1:7860")
+    set_id, _ = client.predict([handle_file("1.png"), handle_file("2.png")], "", api_name="/train_pictures")
+    client.predict(set_id, "my-dragon", "zup", "character", changes="steps = 300", api_name="/train_start")
+    client.predict("", api_name="/watch")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from sdlora.errors import UserError
+from sdlora.jobs import Jobs
+from sdlora.ui import captions_page, gallery, lora_shelf, watch_page, words
+from sdlora.ui import roots as places
+from sdlora.ui import train_actions as actions
+from sdlora.ui import train_settings as settings
+from sdlora.ui.generate_actions import message
+from sdlora.ui.roots import Roots
+from sdlora.ui.train_parts import Parts, layout
+
+__all__ = ["CSS", "Parts", "layout", "wire"]
+
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
+CSS = (
+    watch_page.CSS
+    + """
+#train-drop { min-height: 150px; }
+#train-status, #train-forecast, #train-cards, :is(#train-status, #train-forecast, #train-cards) > * { padding: 0 !important; }
+#train-text textarea, #train-text .cm-content { font-size: 0.8rem; }
+.train-step { margin: 6px 0 -6px; } .train-step p { font-weight: 600; color: var(--body-text-color); }
+.train-help, .train-help p { font-size: 0.82rem; color: var(--body-text-color-subdued); margin-top: 0; }
+#train-measure { margin-top: -8px; }
+"""
+)
+# The browser keeps its own token (the one that Generate made, too) and which set of pictures it was at.
+REMEMBERED = """() => {
+  let token = "", set = "";
+  try {
+    token = localStorage.getItem("sdlora-token") || "";
+    if (token.length < 32) {
+      token = Array.from(crypto.getRandomValues(new Uint8Array(24)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+      localStorage.setItem("sdlora-token", token);
+    }
+    set = localStorage.getItem("sdlora-set") || "";
+  } catch { /* a browser that keeps nothing: its trainings are the session's */ }
+  return [token, set];
+}"""
+KEEP = """(set) => { try { localStorage.setItem("sdlora-set", set || ""); } catch { /* as above */ } }"""
+TO_WATCH = """() => { document.querySelector("#watch-title").scrollIntoView({ behavior: "smooth" }); }"""
+
+
+def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.Dependency:
+    """Says what each press does.
+
+    Returns:
+        The event of "Draw with it": with `.then` and `parts.watch.setting`, Generate takes it over as it does from Compare.
+    """
+    about = captions_page.About(parts.key, parts.trigger, parts.kind, parts.base, parts.status)
+    look = captions_page.wire(roots, parts.captions, about)
+    on_watch, watched, used = watch_page.wire(roots, jobs, parts.watch, parts.token, demo)
+    _wire_pictures(roots, parts, look)
+    refresh = _wire_settings(roots, parts)
+    _wire_forecast(roots, parts)
+    form = [parts.name, parts.trigger, parts.kind, parts.base]
+
+    def on_start(
+        request: gr.Request, set_id: str, name: str = "", trigger: str = "", kind: str = "style", base: str = "mini", changes: str = "",
+        text: str = "", shown: str = "", token: str = "",
+    ) -> tuple[str, Any]:  # fmt: skip
+        """Puts a training in line: the set's id, name, trigger word, kind, base, changed settings as TOML; gives the training's id."""
+        language, owner = words.language_of(request.headers), gallery.owner_of(token, str(request.session_hash))
+        try:
+            words_of_form, changed = settings.absorbed(
+                text, shown, settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
+            )  # fmt: skip
+            folder = actions.start(roots, jobs, set_id, words_of_form, changed, owner)
+        except UserError as problem:
+            return message(str(problem), kind="bad"), gr.skip()
+        job = places.key_of(roots.runs, folder)
+        return message(words.say("train.started", language, name=folder.name), kind="good"), gr.update(value=job, visible=True)
+
+    def on_started(request: gr.Request, job: str, status: str) -> list[Any]:
+        found: list[Any] = on_watch(request, job if 'class="message good"' in (status or "") else "", None)
+        return found
+
+    def on_load(request: gr.Request) -> tuple[Any, Any]:
+        return gr.update(choices=actions.folder_choices(roots)), gr.update(choices=lora_shelf.bases_of(roots))
+
+    everything = [parts.key, *form, parts.changes, parts.text, parts.shown, parts.token]
+    started = parts.go.click(on_start, everything, [parts.status, parts.watch.job], api_name="train_start", **QUIET)
+    seen = started.then(on_started, [parts.watch.job, parts.status], watched, **PRIVATE)
+    seen.then(None, parts.status, js=f"(said) => {{ if ((said || '').includes('good')) ({TO_WATCH})(); }}", api_visibility="private")
+    demo.load(on_load, outputs=[parts.folder, parts.base], **PRIVATE)
+    remembered = demo.load(None, outputs=[parts.token, parts.key], js=REMEMBERED, **PRIVATE)
+    remembered.then(**look).then(**refresh)
+    return used
+
+
+def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any]) -> None:
+    def on_pictures(request: gr.Request, files: list[str], set_id: str = "") -> tuple[str, str]:
+        """Checks pictures (and text files with their captions) and adds them to a set, a new one if none is named; gives the set's id."""
+        try:
+            return actions.drop(roots, set_id, files or [], words.language_of(request.headers))
+        except UserError as problem:
+            return set_id if isinstance(set_id, str) else "", message(str(problem), kind="bad")
+
+    def on_folder(request: gr.Request, folder: str) -> tuple[Any, str]:
+        """Copies a listed folder of the data root into a new set, by the folder's id; gives the set's id."""
+        try:
+            return actions.choose(roots, folder, words.language_of(request.headers))
+        except UserError as problem:
+            return gr.skip(), message(str(problem), kind="bad")
+
+    def on_clear(request: gr.Request) -> tuple[str, None, str]:
+        return "", None, message(words.say("train.cleared", words.language_of(request.headers)))
+
+    shown = [parts.key, parts.status]
+    dropped = parts.drop.upload(on_pictures, [parts.drop, parts.key], shown, api_name="train_pictures", **QUIET)
+    dropped.then(lambda: None, outputs=parts.drop, **PRIVATE)
+    chosen = parts.folder.input(on_folder, parts.folder, shown, api_name="train_folder", **QUIET)
+    cleared = parts.clear.click(on_clear, outputs=[parts.key, parts.folder, parts.status], **PRIVATE)
+    for one in (dropped, chosen, cleared):
+        one.then(**look)
+    listeners: list[Any] = [parts.trigger.blur, parts.kind.input, parts.base.input]
+    for listen in listeners:
+        listen(**look)
+    parts.key.change(None, parts.key, js=KEEP, **PRIVATE)
+    parts.key.change(lambda key: gr.update(visible=bool(key)), parts.key, parts.clear, queue=False, **PRIVATE)
+
+
+def _wire_settings(roots: Roots, parts: Parts) -> dict[str, Any]:
+    """The form and the text of all settings follow each other.
+
+    Returns:
+        What `.then` takes to write the text anew.
+    """
+    form = [parts.name, parts.trigger, parts.kind, parts.base]
+
+    def on_settings(
+        request: gr.Request, set_id: str = "", name: str = "", trigger: str = "", kind: str = "style", base: str = "mini",
+        changes: str = "", text: str = "", shown: str = "",
+    ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+        """Gives all settings of a run as TOML, with the reasons for those that follow from others."""
+        try:
+            told = settings.form_of(name, trigger, kind, base)
+            _, changed = settings.absorbed(text, shown, told, settings.changes_of(changes))
+            found = settings.text_of(roots, told, changed, actions.folder_of(roots, set_id))
+        except UserError as problem:
+            return gr.skip(), gr.skip(), gr.skip(), message(str(problem), kind="bad")
+        return found, found, settings.changes_text(changed), gr.skip()
+
+    def on_text(
+        request: gr.Request, text: str, shown: str = "", set_id: str = "", name: str = "", trigger: str = "", kind: str = "style",
+        base: str = "mini", changes: str = "",
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Reads edited settings: gives the form's words and what was changed, or says what is wrong with the text."""
+        try:
+            told, changed = settings.absorbed(
+                text if isinstance(text, str) else "", shown, settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
+            )  # fmt: skip
+            settings.run_of(roots, told, changed, actions.folder_of(roots, set_id), named=False)
+        except UserError as problem:
+            return *(gr.skip() for _ in range(5)), gr.skip(), message(str(problem), kind="bad")
+        said_now = message(words.say("train.read", words.language_of(request.headers)))
+        return told.name, told.trigger, told.kind, told.base, settings.changes_text(changed), text, said_now
+
+    everything = [parts.key, *form, parts.changes, parts.text, parts.shown]
+    outputs = [parts.text, parts.shown, parts.changes, parts.status]
+    refresh: dict[str, Any] = {"fn": on_settings, "inputs": everything, "outputs": outputs, **PRIVATE}
+    parts.text.blur(
+        on_text, [parts.text, parts.shown, parts.key, *form, parts.changes], [*form, parts.changes, parts.shown, parts.status],
+        api_name="train_settings_read", **QUIET,
+    ).then(**refresh)  # fmt: skip
+    parts.kind.input(on_settings, everything, outputs, api_name="train_settings", **QUIET)
+    for one in (parts.name.blur, parts.trigger.blur, parts.base.input, parts.key.change):
+        one(**refresh)
+    return refresh
+
+
+def _wire_forecast(roots: Roots, parts: Parts) -> None:
+    form = [parts.name, parts.trigger, parts.kind, parts.base]
+
+    def forecast(
+        request: gr.Request, measure: bool, set_id: Any, name: Any, trigger: Any, kind: Any, base: Any, changes: Any
+    ) -> Iterator[str]:
+        language = words.language_of(request.headers)
+        try:
+            if not set_id:
+                yield ""
+                return
+            told, changed = settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
+            for one in actions.forecast(roots, set_id, told, changed, language, measure=measure):
+                if isinstance(one, str):
+                    yield one
+                else:
+                    say = words.say("train.measuring", language, done=one[0], total=one[1])
+                    yield message(say, kind="busy", share=one[0] / max(1, one[1]))
+        except UserError as problem:
+            yield message(str(problem), kind="bad")
+
+    def on_forecast(
+        request: gr.Request, set_id: str, name: str = "", trigger: str = "", kind: str = "style", base: str = "mini", changes: str = ""
+    ) -> Iterator[str]:
+        """Counts what a run will take: steps, memory, disk."""
+        yield from forecast(request, False, set_id, name, trigger, kind, base, changes)
+
+    def on_measure(
+        request: gr.Request, set_id: str, name: str = "", trigger: str = "", kind: str = "style", base: str = "mini", changes: str = ""
+    ) -> Iterator[str]:
+        """Tries a few steps and says what a run will take: time, memory, disk."""
+        yield from forecast(request, True, set_id, name, trigger, kind, base, changes)
+
+    inputs = [parts.key, *form, parts.changes]
+    counting: dict[str, Any] = {
+        "inputs": inputs,
+        "outputs": parts.forecast,
+        "concurrency_id": "train-count",
+        "concurrency_limit": 1,
+        **QUIET,
+    }
+    parts.changes.change(on_forecast, api_visibility="private", **counting)
+    parts.key.change(on_forecast, api_name="train_forecast", **counting)
+    for one in (parts.kind.input, parts.base.input):
+        one(on_forecast, api_visibility="private", **counting)
+    parts.measure.click(on_measure, api_name="train_measure", **counting)

@@ -1,0 +1,77 @@
+"""What the buttons of a training do: pause, resume, stop, save, draw, go on, and hand over what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sdlora import generate, jobs, run_folder, runs
+from sdlora.errors import UserError
+from sdlora.jobs import Jobs
+from sdlora.ui import lora_shelf, watch_actions, words
+from sdlora.ui import roots as places
+from sdlora.ui.generate_actions import message
+from sdlora.ui.roots import Roots
+
+REQUESTS = ("pause", "resume", "stop", "save", "sample", "go_on")
+
+
+def press(roots: Roots, line: Jobs, key: str, request: str, owner: str, confirmed: str | None, language: str) -> tuple[str, str]:
+    """A button was pressed; to end or to pause what somebody else has started asks once more.
+
+    Args:
+        owner: as for `jobs.submit`.
+        confirmed: what the last press gave back.
+
+    Returns:
+        The status line, and what a second press of the same has to bring with it; "" if it is done.
+
+    Raises:
+        UserError: if there is no such training, or it cannot do that now.
+    """
+    job = watch_actions.job_of(roots, line, key)
+    question = f"{request} {key}"
+    if request in ("stop", "pause") and job.owner != owner and confirmed != question:
+        said = words.say(f"watch.confirm_{request}", language, name=job.folder.name)
+        return message(watch_actions.clean(said), kind="busy"), question
+    if request == "go_on":
+        jobs.go_on(line, job.folder, owner=owner)
+    else:
+        jobs.ask(line, job.folder, request)
+    told = request if job.state != "waiting" else "taken_back"
+    return message(watch_actions.clean(words.say(f"watch.asked_{told}", language, name=job.folder.name)), kind="good"), ""
+
+
+def report_of(roots: Roots, line: Jobs, key: str) -> Path:
+    """The report of a training that has come to its end.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = watch_actions.job_of(roots, line, key).folder / "report.html"
+    if not path.is_file() or not path.resolve().is_relative_to(roots.runs.resolve()):
+        raise UserError("There is no report of this training; it is written at the end, unless report = false.")
+    return path
+
+
+def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
+    """What Generate needs to draw with the LoRA of a training, see `compare_cells.setting_of`.
+
+    Raises:
+        UserError: if there is no LoRA file of it yet.
+    """
+    folder = watch_actions.job_of(roots, line, key).folder
+    settings, best = watch_actions.settings_of(folder), lora_shelf.look(folder).best
+    name = str(settings.get("name") or folder.name)
+    result = run_folder.result_path(folder, name)
+    saved = list(run_folder.checkpoints(folder, name).values())
+    path = (best.path if best else None) or (result if result.is_file() else saved[-1] if saved else None)
+    if path is None:
+        raise UserError(f"Run {folder.name} has saved no LoRA yet; press Save now, or wait until it has.")
+    drawn = [one for one in runs.pictures(folder) if one.number == 0]
+    base = str(settings.get("base") or "mini")
+    word = next((one for one, place in places.bases(roots).items() if place.resolve() == Path(base).resolve()), base)
+    plain = generate.Request(drawn[-1].prompt if drawn else str(settings.get("trigger") or ""))
+    names = ("prompt", "negative", "seed", "steps", "guidance", "sampler", "width_px", "height_px")
+    told = {"base": word, "lora": places.key_of(roots.runs, path), "strength": best.strength if best else 1.0}
+    return told | {one: getattr(plain, one) for one in names}
