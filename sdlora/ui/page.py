@@ -16,7 +16,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 
 from sdlora.errors import UserError
-from sdlora.ui import check_page, compare_page, generate_page, library_page, words
+from sdlora.jobs import Jobs, keep_going
+from sdlora.ui import compare_page, generate_page, library_page, train_page, words
 from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 from sdlora.ui.words import label
@@ -63,7 +64,7 @@ _OWN = """
 .finding.calm { box-shadow: inset 4px 0 0 #3b6fb5; }
 @media (max-width: 640px) { #tabs .tab-container button { padding: 8px 7px; font-size: 0.9rem; } }
 """
-CSS = _OWN + generate_page.CSS + compare_page.CSS + library_page.CSS
+CSS = _OWN + train_page.CSS + generate_page.CSS + compare_page.CSS + library_page.CSS
 
 
 def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
@@ -78,13 +79,13 @@ def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
     for inside in (roots.runs, roots.loras, roots.bases, roots.trash):
         if inside.resolve().is_relative_to(roots.outputs.resolve()):
             raise UserError(f"Folder {roots.outputs} holds {inside}, and all that it holds can be read from the page; choose another.")
-    studio = Studio(roots, first=base)
+    studio, jobs = Studio(roots, first=base), Jobs(roots.runs)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(label("page.train"), id="train", elem_id="tab-train"):
-                check_page.layout(roots.data)
+                training = train_page.layout(roots, jobs, base=base)
             with gr.Tab(label("page.generate"), id="generate", elem_id="tab-generate"):
                 drawing = generate_page.layout(roots, studio, base=base)
             with gr.Tab(label("page.compare"), id="compare", elem_id="tab-compare"):
@@ -92,10 +93,13 @@ def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
             with gr.Tab(label("page.library"), id="library", elem_id="tab-library"):
                 shelf = library_page.layout(roots, studio, base=base)
         generate_page.wire(roots, studio, drawing, demo)
-        used = compare_page.wire(roots, studio, comparing, demo)
         library_page.wire(roots, studio, shelf, demo)
-        generate_page.receive(studio, drawing, used, comparing.setting)
-        used.then(lambda setting: gr.Tabs(selected="generate") if setting else gr.Tabs(), comparing.setting, tabs, **QUIET)
+        for used, setting in (
+            (train_page.wire(roots, jobs, training, demo), training.watch.setting),
+            (compare_page.wire(roots, studio, comparing, demo), comparing.setting),
+        ):
+            generate_page.receive(studio, drawing, used, setting)
+            used.then(lambda told: gr.Tabs(selected="generate") if told else gr.Tabs(), setting, tabs, **QUIET)
     return demo
 
 
@@ -123,6 +127,7 @@ def launch(
         )  # fmt: skip
     except OSError as problem:
         raise UserError(f"Port {port} on {host} cannot be used, most likely because it is taken; choose another with --port.") from problem
+    keep_going(Jobs(roots.runs))
     print(f"The page is at {demo.local_url} (Ctrl+C ends it)", flush=True)
     if wait:
         demo.block_thread()
