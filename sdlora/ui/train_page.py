@@ -6,7 +6,7 @@ presses are API endpoints too; from a program, for example:
     client = gradio_client.Client("http://127.0.0.1:7860")
     set_id, _ = client.predict([handle_file("1.png"), handle_file("2.png")], "", api_name="/train_pictures")
     client.predict(set_id, "my-dragon", "zup", "character", changes="steps = 300", api_name="/train_start")
-    client.predict("", api_name="/watch")
+    client.predict("", api_name="/watch_job")
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
         except UserError as problem:
             return message(str(problem), kind="bad"), gr.skip()
         job = places.key_of(roots.runs, folder)
-        return message(words.say("train.started", language, name=folder.name), kind="good"), gr.update(value=job, visible=True)
+        return message(words.say("train.started", language, name=folder.name), kind="good"), job
 
     def on_started(request: gr.Request, job: str, status: str) -> list[Any]:
         found: list[Any] = on_watch(request, job if 'class="message good"' in (status or "") else "", None)

@@ -10,7 +10,7 @@ import html
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,26 @@ def job_of(roots: Roots, line: Jobs, key: str) -> Job:
 
 def _label(job: Job, language: str) -> str:
     return f"{clean(job.folder.name)} · {words.say(f'watch.state_{job.state}', language)}"
+
+
+def rows(roots: Roots, line: Jobs) -> list[dict[str, Any]]:
+    """The trainings that are known as plain values."""
+    return [
+        {"id": places.key_of(roots.runs, job.folder), "name": clean(job.folder.name), "state": job.state, "words": clean(job.words)}
+        for job in known(roots, line)
+    ]
+
+
+def row(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
+    """One training as plain values: how far it is, and what can be pressed.
+
+    Raises:
+        UserError: if there is none of that id.
+    """
+    job = job_of(roots, line, key)
+    course = readings.course(readings.rows(job.folder), pictures_per_step=_per_step(settings_of(job.folder)))
+    told = {"id": key, "name": clean(job.folder.name), "state": job.state, "words": clean(job.words), "buttons": list(buttons(job))}
+    return told | asdict(course)
 
 
 # --- looking --------------------------------------------------------------------------------------------------------------------

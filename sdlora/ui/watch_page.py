@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
@@ -128,8 +129,18 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
     """
     shown = [parts.job, parts.head, parts.curves, parts.pictures, *(getattr(parts, one) for one in BUTTONS), parts.seen]
 
+    def on_jobs() -> list[dict[str, Any]]:
+        """Lists the trainings that are known: id, name, state; those at work come first, then the line."""
+        return actions.rows(roots, jobs)
+
+    def on_job(job: str = "") -> dict[str, Any]:
+        """Says how far a training is, by its id; the one that matters most if none is named."""
+        try:
+            return actions.row(roots, jobs, job or actions.current(roots, jobs))
+        except UserError as problem:
+            return {"id": str(job), "state": "unknown", "words": actions.clean(str(problem))}
+
     def on_watch(request: gr.Request, job: str = "", seen: Any = None) -> list[Any]:
-        """Shows a training by its id, the one that matters most if none is named: list, head, curves, pictures, buttons."""
         language = words.language_of(request.headers)
         key = job if isinstance(job, str) and job else actions.current(roots, jobs)
         old = seen if isinstance(seen, dict) else {}
@@ -182,7 +193,9 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
 
     look: dict[str, Any] = {"fn": on_watch, "inputs": [parts.job, parts.seen], "outputs": shown}
     parts.timer.tick(**look, trigger_mode="once", queue=False, **PRIVATE)
-    parts.job.input(**look, queue=False, api_name="watch", **QUIET)
+    parts.job.input(**look, queue=False, **PRIVATE)
+    api(on_jobs, api_name="watch_jobs")
+    api(on_job, api_name="watch_job")
     for one in watch_buttons.REQUESTS:
         pressed = getattr(parts, one).click(
             press(one), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{one}", **QUIET
