@@ -164,10 +164,10 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
         return message(words.say("train.taken_out", words.language_of(request.headers)), kind="good")
 
     def on_away(key: str, event: gr.EventData, request: gr.Request) -> str:
-        return on_remove(request, key, getattr(event, "picture", ""))
+        return on_remove(request, key, _told(event, "picture"))
 
     def on_page(event: gr.EventData) -> Any:
-        page = getattr(event, "page", 1)
+        page = _told(event, "page")
         return page if isinstance(page, int) and abs(page) < 10**6 else 1
 
     look: dict[str, Any] = {"fn": on_look, "inputs": looking, "outputs": shown, "api_visibility": "private", **QUIET, **WORK}
@@ -182,3 +182,9 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
     api(on_write, api_name="train_caption")
     api(on_remove, api_name="train_remove")
     return look
+
+
+def _told(event: gr.EventData, name: str) -> Any:
+    """What the cards' script tells with an event; a direct post may come without, or with anything."""
+    data = getattr(event, "_data", None)
+    return data.get(name) if isinstance(data, dict) else None

@@ -36,7 +36,7 @@ CSS = (
 #train-drop { min-height: 150px; }
 #train-status, #train-forecast, #train-cards, :is(#train-status, #train-forecast, #train-cards) > * { padding: 0 !important; }
 #train-text textarea, #train-text .cm-content { font-size: 0.8rem; }
-.train-step { margin: 6px 0 -6px; } .train-step p { font-weight: 600; color: var(--body-text-color); }
+.train-step { margin: 6px 0 -6px; overflow: visible !important; } .train-step p { font-weight: 600; color: var(--body-text-color); }
 .train-help, .train-help p { font-size: 0.82rem; color: var(--body-text-color-subdued); margin-top: 0; }
 #train-measure { margin-top: -8px; }
 """
@@ -106,12 +106,12 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
 
 
 def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any]) -> None:
-    def on_pictures(request: gr.Request, files: list[str], set_id: str = "") -> tuple[str, str]:
+    def on_pictures(request: gr.Request, files: list[str], set_id: str = "") -> tuple[Any, str]:
         """Checks pictures (and text files with their captions) and adds them to a set, a new one if none is named; gives the set's id."""
         try:
             return actions.drop(roots, set_id, files or [], words.language_of(request.headers))
         except UserError as problem:
-            return set_id if isinstance(set_id, str) else "", message(str(problem), kind="bad")
+            return gr.skip(), message(str(problem), kind="bad")
 
     def on_folder(request: gr.Request, folder: str) -> tuple[Any, str]:
         """Copies a listed folder of the data root into a new set, by the folder's id; gives the set's id."""

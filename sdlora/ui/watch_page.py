@@ -156,7 +156,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             "buttons": _mark(view.buttons),
         }  # fmt: skip
         values = [
-            gr.update(choices=choices, value=key or None, visible=bool(choices)), view.head, view.curves, view.pictures,
+            gr.update(choices=choices, value=key if key in [one for _, one in choices] else None, visible=bool(choices)), view.head, view.curves, view.pictures,
             *(gr.update(visible=one in view.buttons) for one in BUTTONS),
         ]  # fmt: skip
         names = ["choices", "head", "curves", "pictures", *["buttons"] * len(BUTTONS)]
