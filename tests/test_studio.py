@@ -272,9 +272,9 @@ def test_five_hundred_files_are_searched_in_less_than_two_seconds(tmp_path: Path
     many = Studio(studios.Roots(runs=tmp_path / "runs", loras=folder, bases=tmp_path / "bases"))
     laps = []
     for words, count in (("", 500), ("", 500), ("499", 1)):
-        began = time.process_time()
+        began = time.thread_time()
         found = generate_cards.found(many, words)
-        laps.append(time.process_time() - began)
+        laps.append(time.thread_time() - began)
         assert found["count"] == count
         assert len(found["loras"]) == min(count, generate_cards.FOUND)
     assert found["loras"][0]["family"] == "SD 1.x"
