@@ -271,7 +271,7 @@ def test_five_hundred_files_are_searched_in_less_than_two_seconds(tmp_path: Path
         (folder / f"{number}.safetensors").hardlink_to(folder / "0.safetensors")
     many = Studio(studios.Roots(runs=tmp_path / "runs", loras=folder, bases=tmp_path / "bases"))
     laps = []
-    for words, count in (("", 500), ("", 500), ("499", 1)):
+    for words, count in (("", 500), ("499", 1), ("498", 1)):
         began = time.thread_time()
         found = generate_cards.found(many, words)
         laps.append(time.thread_time() - began)
@@ -279,7 +279,7 @@ def test_five_hundred_files_are_searched_in_less_than_two_seconds(tmp_path: Path
         assert len(found["loras"]) == min(count, generate_cards.FOUND)
     assert found["loras"][0]["family"] == "SD 1.x"
     assert max(laps) < 2
-    assert max(laps[1:]) < 0.5  # the headers are remembered
+    assert laps[2] < 0.5  # the headers are remembered
 
 
 # --- the line -----------------------------------------------------------------------------------------------------------------
