@@ -99,6 +99,7 @@ def submit(jobs: Jobs, folder: Path, run: Config, *, owner: str = "") -> None:
 
     Args:
         folder: from `reserve`.
+        run: resolved (see `prepare.linked_run`), as a written default counts as set.
         owner: whoever asks, as a word that only they know the secret of.
 
     Raises:

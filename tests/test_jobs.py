@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,17 @@ def make(base: Path, pictures: Path, **changes: Any) -> Config:
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Jobs:
-    return Jobs(tmp_path / "runs")
+def line(tmp_path: Path) -> Iterator[Jobs]:
+    line = Jobs(tmp_path / "runs")
+    yield line
+    end(line)
+
+
+def end(line: Jobs) -> None:
+    """Ends a child that a failed test has left at work."""
+    told = job_line.slot(line.runs)
+    if told and job_line.is_held(line.runs, told["pid"]):
+        os.kill(told["pid"], signal.SIGKILL)
 
 
 def put(line: Jobs, run: Config, *, name: str = "cups", owner: str = "me") -> Path:

@@ -62,8 +62,10 @@ def test_what_is_no_picture_or_more_than_one_is_refused(roots: Roots, tmp_path: 
         archive.writestr("x.txt", "x")
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>'
     came = [
-        ("svg.png", svg), ("page.png", b"<html><script>alert(1)</script>"), ("zip.png", buffer.getvalue()), ("both.png", whole + buffer.getvalue()),
-        ("script.png", whole + b"<script>alert(1)</script>"), ("gif.gif", picture("GIF") + b"<?php x"), ("pdf.png", whole[:60] + b"%PDF-1.4" + whole[60:]),
+        ("svg.png", svg), ("page.png", b"<html><script>alert(1)</script>"), ("zip.png", buffer.getvalue()),
+        ("both.png", whole + buffer.getvalue()),
+        ("script.png", whole + b"<script>alert(1)</script>"), ("gif.gif", picture("GIF") + b"<?php x"),
+        ("pdf.png", whole[:60] + b"%PDF-1.4" + whole[60:]),
         ("torn.png", whole[: len(whole) // 2]), ("empty.png", b""), ("bomb.png", hostile.png(30_000, 30_000)), ("text.png", b"hello"),
         ("exe.png", b"MZ" + bytes(99)), ("jpeg.jpg", picture("JPEG") + buffer.getvalue()),
     ]  # fmt: skip

@@ -151,7 +151,8 @@ def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: 
         uploads.freeze(source, folder / PICTURES)
         own = [run.data[0].model_copy(update={"folder": (folder / PICTURES).resolve()})]
         base = str(Path(run.base).resolve()) if Path(run.base).exists() and run.base != "mini" else run.base
-        jobs.submit(line, folder, run.model_copy(update={"data": own, "base": base}), owner=owner)
+        resolved = prepare.linked_run(run.model_copy(update={"data": own, "base": base})).run  # as TOML each default would count as set
+        jobs.submit(line, folder, resolved, owner=owner)
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)  # it is ours alone, and nothing was trained in it
         raise

@@ -229,11 +229,8 @@ def shown(path: Path) -> str:
 def plain_stem(stem: str) -> str:
     """A file's name as a plain one: letters, digits, dashes; never empty, hidden, or a device's."""
     words = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", stem)).strip("-_")[:60]
-    return (
-        words
-        if re.search(r"[^\W\d_]{2}|\d", words) and not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", words.lower())
-        else f"picture-{words}"
-    )
+    is_plain = words and not re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", words.lower())
+    return words if is_plain else f"picture-{words}".rstrip("-")
 
 
 def _free(folder: Path, stem: str, ending: str) -> Path:

@@ -139,7 +139,7 @@ def buttons(job: Job) -> tuple[str, ...]:
         "waiting": ("stop",), "starting": ("stop",), "running": ("pause", "stop", "save", "sample"), "paused": ("resume", "stop"),
         "done": ("report", "use"),
     }  # fmt: skip
-    found = offered.get(job.state, ("go_on",))
+    found = offered.get(job.state, ("go_on", "use"))
     return tuple(one for one in found if one != "report" or (job.folder / "report.html").is_file())
 
 
@@ -148,7 +148,8 @@ def _head(job: Job, course: readings.Course, told: Sequence[dict[str, Any]], set
     state = words.say(f"watch.state_{job.state}", language)
     name, base = settings.get("name") or job.folder.name, Path(str(settings.get("base") or "")).name
     values = {"step": f"{course.step:,}", "steps": f"{course.steps:,}", "words": job.words}
-    said = words.say(f"watch.says_{job.state}", language, **values)
+    ends = job.state == "running" and course.step >= course.steps > 0
+    said = words.say("watch.says_finishing" if ends else f"watch.says_{job.state}", language, **values)
     alarm = next((str(row.get("words")) for row in reversed(told) if row["event"] == "alarm"), "")
     share = course.step / course.steps if course.steps else 0.0
     bar = f'<div class="bar"><div style="width:{100 * min(1.0, share):.1f}%"></div></div>' if job.state != "waiting" else ""
