@@ -188,7 +188,7 @@ def app(
     from sdlora.ui import page
     from sdlora.ui.roots import Roots
 
-    page.launch(Roots(runs, loras, data, bases, outputs, trash), host=host, port=port, base=base, password=password)
+    page.launch(Roots(runs, loras, data, bases, outputs, trash, base), host=host, port=port, password=password)
 
 
 def main() -> None:

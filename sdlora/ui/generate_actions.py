@@ -203,7 +203,7 @@ def restore(studio: Studio, path: Path | None, language: str = "en") -> dict[str
 
 def _base_named(studio: Studio, name: str) -> str | None:
     """The base that a picture names, as the list of bases has it."""
-    offered = [*lora_shelf.bases_of(studio.roots), (Path(studio.first).name.removesuffix(".safetensors"), studio.first)]
+    offered = lora_shelf.bases_of(studio.roots)
     return next((word for shown_name, word in offered if name and shown_name.lower() == name.lower()), None)
 
 

@@ -179,7 +179,7 @@ def _wire_lists(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> 
         return actions.choose_base(studio, base, words.language_of(request.headers))
 
     def on_load(request: gr.Request) -> tuple[Any, str]:
-        choices = [*lora_shelf.bases_of(roots), *([] if studio.first == "mini" else [(Path(studio.first).name, studio.first)])]
+        choices = lora_shelf.bases_of(roots)
         return gr.update(choices=choices), words.say("generate.welcome", words.language_of(request.headers))
 
     def on_loras(search: str = "", base: str = "mini") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -122,7 +121,7 @@ def _settings(roots: Roots, studio: Studio, base: str) -> dict[str, Any]:
     plain = Request("")
     made: dict[str, Any] = {}
     with gr.Accordion(words.label("generate.settings"), open=False, elem_id="more"):
-        offered = [*lora_shelf.bases_of(roots), *([] if studio.first == "mini" else [(Path(studio.first).name, studio.first)])]
+        offered = lora_shelf.bases_of(roots)
         made["base"] = gr.Dropdown(offered, value=base, allow_custom_value=True, **_said("base", elem_id="base"))
         with gr.Row():
             made["sampler"] = gr.Dropdown(

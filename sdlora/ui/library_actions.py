@@ -135,7 +135,7 @@ def base_of(studio: Studio, word: str) -> str:
         UserError: if it is not offered.
     """
     name = studios.base_of(studio, word)
-    there = ("mini", studio.first, *map(str, places.bases(studio.roots).values()))
+    there = ("mini", studio.roots.first, *map(str, places.bases(studio.roots).values()))
     if name not in there and hub.cached(name) is None:
         raise UserError(f"Base '{name}' was not fetched from the hub yet; draw with it once, then it can be compared with.")
     return name

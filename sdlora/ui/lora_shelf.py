@@ -149,7 +149,10 @@ def runs_of(roots: Roots) -> list[tuple[str, str]]:
 
 def bases_of(roots: Roots) -> list[tuple[str, str]]:
     """What the list of bases offers."""
-    return [("mini", "mini"), *((path.stem if path.is_file() else path.name, key) for key, path in places.bases(roots).items())]
+    found = [("mini", "mini"), *((path.stem if path.is_file() else path.name, key) for key, path in places.bases(roots).items())]
+    return (
+        found if roots.first in [key for _, key in found] else [*found, (Path(roots.first).name.removesuffix(".safetensors"), roots.first)]
+    )
 
 
 def small_picture(path: Path | None) -> str:

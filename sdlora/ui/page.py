@@ -67,11 +67,8 @@ _OWN = """
 CSS = _OWN + train_page.CSS + generate_page.CSS + compare_page.CSS + library_page.CSS
 
 
-def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
+def build(roots: Roots) -> gr.Blocks:
     """The page, not yet listening.
-
-    Args:
-        base: the one that is chosen at first, as for `base_files.load`.
 
     Raises:
         UserError: if LoRA files or runs lie inside the folder of pictures.
@@ -79,19 +76,19 @@ def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
     for inside in (roots.runs, roots.loras, roots.bases, roots.trash):
         if inside.resolve().is_relative_to(roots.outputs.resolve()):
             raise UserError(f"Folder {roots.outputs} holds {inside}, and all that it holds can be read from the page; choose another.")
-    studio, jobs = Studio(roots, first=base), Jobs(roots.runs)
+    studio, jobs = Studio(roots), Jobs(roots.runs)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(label("page.train"), id="train", elem_id="tab-train"):
-                training = train_page.layout(roots, jobs, base=base)
+                training = train_page.layout(roots, jobs, base=roots.first)
             with gr.Tab(label("page.generate"), id="generate", elem_id="tab-generate"):
-                drawing = generate_page.layout(roots, studio, base=base)
+                drawing = generate_page.layout(roots, studio, base=roots.first)
             with gr.Tab(label("page.compare"), id="compare", elem_id="tab-compare"):
-                comparing = compare_page.layout(roots, studio, base=base)
+                comparing = compare_page.layout(roots, studio, base=roots.first)
             with gr.Tab(label("page.library"), id="library", elem_id="tab-library"):
-                shelf = library_page.layout(roots, studio, base=base)
+                shelf = library_page.layout(roots, studio, base=roots.first)
         generate_page.wire(roots, studio, drawing, demo)
         library_page.wire(roots, studio, shelf, demo)
         for used, setting in (
@@ -104,7 +101,7 @@ def build(roots: Roots, *, base: str = "mini") -> gr.Blocks:
 
 
 def launch(
-    roots: Roots, *, host: str = "127.0.0.1", port: int = 7860, base: str = "mini", password: str | None = None,
+    roots: Roots, *, host: str = "127.0.0.1", port: int = 7860, password: str | None = None,
     open_browser: bool = False, wait: bool = True,
 ) -> gr.Blocks:  # fmt: skip
     """Serves the page; returns when it is interrupted, or at once if `wait` is false.
@@ -118,7 +115,7 @@ def launch(
     """
     if host not in LOOPBACK and not password:
         raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
-    demo = build(roots, base=base)
+    demo = build(roots)
     try:
         demo.launch(
             server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,

@@ -27,6 +27,7 @@ class Roots:
         bases: checkpoints and diffusers folders.
         outputs: pictures that were drawn; all in it can be read from the page.
         trash: where deleted things go.
+        first: the base that the program was started with; it may be a path, as whoever starts the program may name one.
     """
 
     runs: Path = Path("runs")
@@ -35,6 +36,7 @@ class Roots:
     bases: Path = Path("bases")
     outputs: Path = Path("outputs")
     trash: Path = Path("trash")
+    first: str = "mini"
 
 
 def key_of(root: Path, path: Path) -> str:
@@ -76,7 +78,7 @@ def base_name(roots: Roots, word: str) -> str:
     offered = bases(roots)
     if word in offered:
         return str(offered[word])
-    if word == "mini" or (hub.is_name(word) and not Path(word).exists()):
+    if word in ("mini", roots.first) or (hub.is_name(word) and not Path(word).exists()):
         return word
     raise UserError(
         f'Base {shown(word)} is not offered; choose "mini", one of those in {roots.bases}, or type a name of the hub such as "owner/name".'

@@ -84,7 +84,6 @@ class Studio:
     """The server's one workplace.
 
     Args:
-        first: the base that the program was started with; it may be a path, as whoever starts the program may name one.
         base: the base that is loaded, if one is.
         busy: held by whoever uses the base.
         line: the drawings in the order in which they were asked for, the one at work first.
@@ -92,7 +91,6 @@ class Studio:
     """
 
     roots: Roots
-    first: str = "mini"
     base: Base | None = None
     busy: threading.Lock = field(default_factory=threading.Lock)
     line: list[Job] = field(default_factory=list)
@@ -105,7 +103,7 @@ def base_of(studio: Studio, word: str) -> str:
     Raises:
         UserError: if it is not offered.
     """
-    return studio.first if word == studio.first else places.base_name(studio.roots, word)
+    return places.base_name(studio.roots, word)
 
 
 def use_base(studio: Studio, name: str) -> Base:

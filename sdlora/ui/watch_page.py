@@ -155,8 +155,9 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             "choices": _mark([choices, key]), "head": _mark(view.head), "curves": _mark(view.curves), "pictures": _mark(view.pictures),
             "buttons": _mark(view.buttons),
         }  # fmt: skip
+        chosen = key if key in [one for _, one in choices] else None  # a word that is no id is not said back
         values = [
-            gr.update(choices=choices, value=key if key in [one for _, one in choices] else None, visible=bool(choices)), view.head, view.curves, view.pictures,
+            gr.update(choices=choices, value=chosen, visible=bool(choices)), view.head, view.curves, view.pictures,
             *(gr.update(visible=one in view.buttons) for one in BUTTONS),
         ]  # fmt: skip
         names = ["choices", "head", "curves", "pictures", *["buttons"] * len(BUTTONS)]
