@@ -86,7 +86,7 @@ def form(roots: Roots, **changed: str) -> Form:
 
 
 def cards(roots: Roots, key: str) -> dict[str, Any]:
-    *_, (_, _, report) = captions_actions.looked(roots, key, "zup", "style", base_of(roots))
+    *_, (_, _, report) = captions_actions.looked(roots, key, form(roots), {})
     return captions_actions.cards(roots, key, report.findings, 1, "en")
 
 
@@ -408,6 +408,7 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         expect(page.locator("#watch-head .badge")).to_have_text("done")
         expect(page.locator("#train-cards .card")).to_have_count(5)
         expect(page.locator("#train-cards textarea").first).to_have_value("<b>a cup</b>")
+        expect(page.locator("#train-forecast")).to_contain_text("GiB of memory")
     (run,) = roots.runs.glob("cups")
     saved = config.load(run / "config.toml")
     assert (saved.steps, saved.lora.rank, saved.trigger) == (4, 2, "zup")

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora import captioner, captions, config, contact_sheet, counts, dataset_report, devices, text
+from sdlora import captioner, captions, contact_sheet, counts, dataset_report, devices, text
 from sdlora import material as materials
 from sdlora.base_model import Base
 from sdlora.config import Config
@@ -24,25 +24,12 @@ from sdlora.ui import lora_shelf, train_settings, uploads, words
 from sdlora.ui import roots as places
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
+from sdlora.ui.train_settings import Flat, Form
 
 PAGE = 24
 LONGEST_TAG = 200
-KINDS = ("style", "character")
 NOTHING: dict[str, Any] = {"set": "", "page": 1, "pages": 1, "pictures": [], "findings": []}
 Looked = tuple[int, int] | tuple[Config, Found, Report]
-
-
-def run_of(roots: Roots, key: str, trigger: str, kind: str, base: str) -> Config:
-    """A run over a set, as far as the doctor needs it.
-
-    Raises:
-        UserError: if there is no such set, or a word is not allowed.
-    """
-    if kind not in KINDS:
-        raise UserError(f"{places.shown(str(kind))} is unknown; the pictures have a style or a character in common.")
-    data = train_settings.data_of(uploads.set_folder(roots, key), word := str(trigger or "").strip())
-    values = {"data": data, "kind": kind, "trigger": word, "name": "check", "base": places.base_name(roots, base)}
-    return config.parse(values, where="The form")
 
 
 @lru_cache(maxsize=4)
@@ -59,13 +46,13 @@ def shell(base: str) -> Base:
     return _shell(base, Path(base).stat().st_mtime_ns if base != "mini" and Path(base).exists() else 0)
 
 
-def looked(roots: Roots, key: str, trigger: str, kind: str, base: str) -> Iterator[Looked]:
+def looked(roots: Roots, key: str, form: Form, changes: Flat) -> Iterator[Looked]:
     """The doctor's look at a set: (done, total) after each picture, at the end the run, what was found, and the report.
 
     Raises:
-        UserError: as `run_of`, and if the base cannot be opened.
+        UserError: if there is no such set, the settings are not allowed, or the base cannot be opened.
     """
-    run = run_of(roots, key, trigger, kind, base)
+    run = train_settings.run_of(roots, form, changes, uploads.set_folder(roots, key), named=False)
     found, known = materials.find(run), shell(run.base)
     count = partial(text.count, known)
     for one in materials.examined(run, found, grain_px=known.grain_px, resolution_px=known.resolution_px, token_count=count):

@@ -13,6 +13,7 @@ from sdlora import captioner
 from sdlora.errors import UserError
 from sdlora.ui import captions_actions as actions
 from sdlora.ui import train_actions, words
+from sdlora.ui import train_settings as settings
 from sdlora.ui.captions_js import CSS, HTML, SCRIPT
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
@@ -25,6 +26,7 @@ WORK: dict[str, Any] = {"concurrency_id": "train-look", "concurrency_limit": 2}
 class Parts:
     """The controls of this part."""
 
+    summary: gr.HTML
     cards: gr.HTML
     page: gr.Number
     action: gr.Dropdown
@@ -44,6 +46,7 @@ class About:
     trigger: gr.Textbox
     kind: gr.Radio
     base: gr.Dropdown
+    changes: gr.Textbox
     status: gr.HTML
 
 
@@ -68,6 +71,7 @@ def layout(roots: Roots) -> Parts:
         return ""
 
     made: dict[str, Any] = {}
+    made["summary"] = gr.HTML(elem_id="train-check", padding=False)
     made["cards"] = gr.HTML(
         actions.NOTHING, html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False, texts=texts,
         server_functions=[write], elem_id="train-cards", label="captions",
@@ -96,19 +100,19 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
     Returns:
         What `.then` takes to look at the pictures after another event.
     """
-    looking = [about.key, about.trigger, about.kind, about.base, parts.page]
-    shown = [about.status, parts.cards]
+    looking = [about.key, about.trigger, about.kind, about.base, about.changes, parts.page]
+    shown = [parts.summary, parts.cards]
 
     def on_look(
-        request: gr.Request, set_id: str, trigger: str = "", kind: str = "style", base: str = "mini", page: float = 1
+        request: gr.Request, set_id: str, trigger: str = "", kind: str = "style", base: str = "mini", changes: str = "", page: float = 1
     ) -> Iterator[tuple[str, Any]]:
         """Looks at every picture of a set: yields the status, and at the end the captions with what was found about each."""
         language = words.language_of(request.headers)
         if not set_id:
-            yield message(words.say("train.ready", language)), actions.NOTHING
+            yield "", actions.NOTHING
             return
         try:
-            for one in actions.looked(roots, set_id, trigger, kind, base):
+            for one in actions.looked(roots, set_id, settings.form_of("", trigger, kind, base), settings.changes_of(changes)):
                 if len(one) == 2:
                     told = words.say("train.looking", language, done=one[0], total=one[1])
                     yield message(told, kind="busy", share=one[0] / max(1, one[1])), gr.skip()
@@ -144,10 +148,12 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
         except UserError as problem:
             yield message(str(problem), kind="bad")
 
-    def on_sheet(request: gr.Request, set_id: str, trigger: str = "", kind: str = "style", base: str = "mini") -> tuple[str, Any]:
+    def on_sheet(
+        request: gr.Request, set_id: str, trigger: str = "", kind: str = "style", base: str = "mini", changes: str = ""
+    ) -> tuple[str, Any]:
         """Draws every picture of a set as it will be trained, on one page."""
         try:
-            *_, last = actions.looked(roots, set_id, trigger, kind, base)
+            *_, last = actions.looked(roots, set_id, settings.form_of("", trigger, kind, base), settings.changes_of(changes))
             assert len(last) == 3
             drawn = actions.sheet(*last)
         except UserError as problem:
@@ -171,7 +177,7 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
         return page if isinstance(page, int) and abs(page) < 10**6 else 1
 
     look: dict[str, Any] = {"fn": on_look, "inputs": looking, "outputs": shown, "api_visibility": "private", **QUIET, **WORK}
-    parts.sheet_go.click(on_sheet, looking[:4], [about.status, parts.sheet], api_name="train_sheet", **WORK)
+    parts.sheet_go.click(on_sheet, looking[:5], [about.status, parts.sheet], api_name="train_sheet", **WORK)
     edited = parts.apply.click(on_edit, [about.key, parts.action, parts.tag, parts.other], about.status, api_name="train_captions", **QUIET)
     drafted = parts.draft.click(on_draft, about.key, about.status, api_name="train_draft", **QUIET, **WORK)
     away = parts.cards.delete(on_away, about.key, about.status, api_visibility="private", **QUIET)

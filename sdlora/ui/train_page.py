@@ -34,7 +34,8 @@ CSS = (
     watch_page.CSS
     + """
 #train-drop { min-height: 150px; }
-#train-status, #train-forecast, #train-cards, :is(#train-status, #train-forecast, #train-cards) > * { padding: 0 !important; }
+#train-status, #train-check, #train-forecast, #train-cards { padding: 0 !important; }
+:is(#train-status, #train-check, #train-forecast, #train-cards) > * { padding: 0 !important; }
 #train-text textarea, #train-text .cm-content { font-size: 0.8rem; }
 .train-step { margin: 6px 0 -6px; overflow: visible !important; } .train-step p { font-weight: 600; color: var(--body-text-color); }
 .train-help, .train-help p { font-size: 0.82rem; color: var(--body-text-color-subdued); margin-top: 0; }
@@ -64,7 +65,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
     Returns:
         The event of "Draw with it": with `.then` and `parts.watch.setting`, Generate takes it over as it does from Compare.
     """
-    about = captions_page.About(parts.key, parts.trigger, parts.kind, parts.base, parts.status)
+    about = captions_page.About(parts.key, parts.trigger, parts.kind, parts.base, parts.changes, parts.status)
     look = captions_page.wire(roots, parts.captions, about)
     on_watch, watched, used = watch_page.wire(roots, jobs, parts.watch, parts.token, demo)
     _wire_pictures(roots, parts, look)
@@ -130,7 +131,7 @@ def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any]) -> None:
     cleared = parts.clear.click(on_clear, outputs=[parts.key, parts.folder, parts.status], **PRIVATE)
     for one in (dropped, chosen, cleared):
         one.then(**look)
-    listeners: list[Any] = [parts.trigger.blur, parts.kind.input, parts.base.input]
+    listeners: list[Any] = [parts.trigger.blur, parts.kind.input, parts.base.input, parts.changes.change]
     for listen in listeners:
         listen(**look)
     parts.key.change(None, parts.key, js=KEEP, **PRIVATE)

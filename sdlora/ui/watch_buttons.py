@@ -70,7 +70,8 @@ def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
         raise UserError(f"Run {folder.name} has saved no LoRA yet; press Save now, or wait until it has.")
     drawn = [one for one in runs.pictures(folder) if one.number == 0]
     base = str(settings.get("base") or "mini")
-    word = next((one for one, place in places.bases(roots).items() if place.resolve() == Path(base).resolve()), base)
+    offered = {**places.bases(roots), roots.first: Path(roots.first)}
+    word = next((one for one, place in offered.items() if place.resolve() == Path(base).resolve()), base)
     plain = generate.Request(drawn[-1].prompt if drawn else str(settings.get("trigger") or ""))
     names = ("prompt", "negative", "seed", "steps", "guidance", "sampler", "width_px", "height_px")
     told = {"base": word, "lora": places.key_of(roots.runs, path), "strength": best.strength if best else 1.0}
