@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
+from safetensors import SafetensorError
 
 from sdlora import devices, images
 from sdlora.errors import UserError
@@ -49,7 +50,7 @@ def captions(pictures: Sequence[Path]) -> Iterator[str]:
         )
     try:
         model, tokenizer = _opened(place)
-    except (OSError, ValueError, KeyError, RuntimeError) as problem:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
         raise UserError(f"The captioner in {place} cannot be opened ({str(problem).splitlines()[0][:120]}); fetch it anew.") from problem
     for path in pictures:
         pixels = pixels_of(images.open_upright(path), side_px=model.config.vision_config.image_size).to(model.device)
