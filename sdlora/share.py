@@ -20,7 +20,7 @@ import huggingface_hub
 import tomlkit
 from PIL import Image
 
-from sdlora import config, files, hub, images, lora_file, lora_metadata, model_card, run_folder, runs, share_checks
+from sdlora import chosen, config, files, hub, images, lora_file, lora_metadata, model_card, run_folder, runs, share_checks
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.lora_file import LoRAFile
@@ -105,13 +105,16 @@ def share(folder: Path, out: Path | None = None, *, wishes: Wishes = Wishes()) -
 
 
 def choose(told: Run, run: Config, checkpoint: int | None) -> Choice:
-    """The checkpoint of a step if one is asked for, else what the run recommends, else its result.
+    """The checkpoint of a step if one is asked for, else the one that a person marked, else what the run recommends, else its result.
 
     Raises:
         UserError: if there is none.
     """
     best, result = told.best, run_folder.result_path(told.folder, run.name)
     paths = run_folder.checkpoints(told.folder, run.name) | ({run.steps: result} if result.is_file() else {})
+    marked = chosen.read(told.folder)
+    if checkpoint is None and marked and marked.step in paths:
+        return Choice(paths[marked.step], marked.step, marked.strength, "Marked as the best of its run by whoever looked at its pictures.")
     if checkpoint is None and best and best.path:
         return Choice(best.path, best.step, best.strength, best.reason)
     step = run.steps if checkpoint is None else checkpoint

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from sdlora import base_files, config, files, generate, hub, lora_file, model_card, share, share_checks, train, weights_file
+from sdlora import base_files, chosen, config, files, generate, hub, lora_file, model_card, share, share_checks, train, weights_file
 from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
 from sdlora.model_card import Card, Sample
@@ -82,6 +82,10 @@ def test_the_recommended_checkpoint_is_given_away_and_its_weights_are_untouched(
 
 def test_another_step_or_without_a_recommendation_the_result(run: Path, tmp_path: Path) -> None:
     share.share(run, tmp_path / "six", wishes=Wishes(checkpoint=6))
+    chosen.mark_best(run, 6, 0.7)
+    marked = share.share(run, tmp_path / "marked").choice
+    assert (marked.step, marked.strength) == (6, 0.7), "a person's mark goes before the run's own word"
+    (run / "chosen.json").unlink()
     (run / "verdict.json").unlink()
     made = share.share(run, tmp_path / "last")
     assert (made.choice.step, made.choice.strength) == (6, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sdlora import generate, jobs, run_folder, runs
+from sdlora import chosen, generate, jobs, run_folder, runs
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
 from sdlora.ui import lora_shelf, watch_actions, words
@@ -64,8 +64,10 @@ def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
     settings, best = watch_actions.settings_of(folder), lora_shelf.look(folder).best
     name = str(settings.get("name") or folder.name)
     result = run_folder.result_path(folder, name)
-    saved = list(run_folder.checkpoints(folder, name).values())
-    path = (best.path if best else None) or (result if result.is_file() else saved[-1] if saved else None)
+    saved, marked = run_folder.checkpoints(folder, name), chosen.read(folder)
+    if marked and marked.step in saved:
+        best = runs.Best(marked.step, marked.strength, path=saved[marked.step])  # what a person has marked goes before what the run says
+    path = (best.path if best else None) or (result if result.is_file() else next(reversed(saved.values()), None))
     if path is None:
         raise UserError(f"Run {folder.name} has saved no LoRA yet; press Save now, or wait until it has.")
     drawn = [one for one in runs.pictures(folder) if one.number == 0]
