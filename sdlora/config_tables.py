@@ -85,7 +85,7 @@ class ObjectiveConfig(_Table):
     timestep_scale: float = Field(1.0, gt=0, description="of logit_normal")
     timestep_low: int = Field(0, ge=0, description="the least noisy timestep")
     timestep_high: int | None = Field(None, ge=1, description="one above the noisiest; all if not given")
-    stratified: bool = Field(True, description="a batch's timesteps from equal bands, which varies less")
+    stratified: bool = Field(False, description="a batch's timesteps from equal bands: its loss varies less")
 
 
 class OutputConfig(_Table):
