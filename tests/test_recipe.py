@@ -13,7 +13,7 @@ from tests.test_train import run_config
 OBJECTIVES: list[dict[str, Any]] = [
     {"loss": "l1"}, {"loss": "huber"}, {"loss": "huber", "huber_schedule": "exponential"}, {"weighting": "soft_min_snr"},
     {"weighting": "debiased"}, {"weighting": "none"}, {"noise_offset": 0.1}, {"pyramid_discount": 0.4}, {"input_perturbation": 0.1},
-    {"timesteps": "logit_normal", "timestep_mean": 0.5}, {"timestep_low": 100, "timestep_high": 300}, {"stratified": False},
+    {"timesteps": "logit_normal", "timestep_mean": 0.5}, {"timestep_low": 100, "timestep_high": 300}, {"stratified": True},
 ]  # fmt: skip
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "adafactor"}, {"name": "lion", "schedule": "rex"}, {"name": "schedule_free", "schedule": "constant"},
