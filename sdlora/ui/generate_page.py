@@ -214,6 +214,6 @@ def receive(studio: Studio, parts: Parts, event: gr.events.Dependency, setting: 
 
     def on_setting(told: Any, request: gr.Request) -> dict[Any, Any]:
         changes = actions.take(studio, told, words.language_of(request.headers))
-        return {changing[name]: change for name, change in changes.items()}
+        return {changing[name]: change for name, change in (changes or {"status": gr.skip()}).items()}
 
     event.then(on_setting, setting, list(changing.values()), **PRIVATE)

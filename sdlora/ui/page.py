@@ -85,12 +85,14 @@ def build(roots: Roots) -> gr.Blocks:
                 training = train_page.layout(roots, jobs, base=roots.first)
             with gr.Tab(label("page.generate"), id="generate", elem_id="tab-generate"):
                 drawing = generate_page.layout(roots, studio, base=roots.first)
-            with gr.Tab(label("page.compare"), id="compare", elem_id="tab-compare"):
+            with gr.Tab(label("page.compare"), id="compare", elem_id="tab-compare") as compare_tab:
                 comparing = compare_page.layout(roots, studio, base=roots.first)
-            with gr.Tab(label("page.library"), id="library", elem_id="tab-library"):
+            with gr.Tab(label("page.library"), id="library", elem_id="tab-library") as library_tab:
                 shelf = library_page.layout(roots, studio, base=roots.first)
         generate_page.wire(roots, studio, drawing, demo)
         library_page.wire(roots, studio, shelf, demo)
+        for tab, name in ((compare_tab, "compare"), (library_tab, "library")):  # what was trained meanwhile is in the lists
+            tab.select(None, js=f"() => {{ document.querySelector('#{name}-refresh').click(); }}", api_visibility="private")
         for used, setting in (
             (train_page.wire(roots, jobs, training, demo), training.watch.setting),
             (compare_page.wire(roots, studio, comparing, demo), comparing.setting),

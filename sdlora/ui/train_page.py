@@ -68,8 +68,8 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
     about = captions_page.About(parts.key, parts.trigger, parts.kind, parts.base, parts.changes, parts.status)
     look = captions_page.wire(roots, parts.captions, about)
     on_watch, watched, used = watch_page.wire(roots, jobs, parts.watch, parts.token, demo)
-    _wire_pictures(roots, parts, look)
     refresh = _wire_settings(roots, parts)
+    _wire_pictures(roots, parts, look, refresh)
     _wire_forecast(roots, parts)
     form = [parts.name, parts.trigger, parts.kind, parts.base]
 
@@ -106,7 +106,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
     return used
 
 
-def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any]) -> None:
+def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any], refresh: dict[str, Any]) -> None:
     def on_pictures(request: gr.Request, files: list[str], set_id: str = "") -> tuple[Any, str]:
         """Checks pictures (and text files with their captions) and adds them to a set, a new one if none is named; gives the set's id."""
         try:
@@ -130,7 +130,7 @@ def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any]) -> None:
     chosen = parts.folder.input(on_folder, parts.folder, shown, api_name="train_folder", **QUIET)
     cleared = parts.clear.click(on_clear, outputs=[parts.key, parts.folder, parts.status], **PRIVATE)
     for one in (dropped, chosen, cleared):
-        one.then(**look)
+        one.then(**look).then(**refresh)
     listeners: list[Any] = [parts.trigger.blur, parts.kind.input, parts.base.input, parts.changes.change]
     for listen in listeners:
         listen(**look)
@@ -182,6 +182,8 @@ def _wire_settings(roots: Roots, parts: Parts) -> dict[str, Any]:
         api_name="train_settings_read", **QUIET,
     ).then(**refresh)  # fmt: skip
     parts.kind.input(on_settings, everything, outputs, api_name="train_settings", **QUIET)
+    for field in (parts.name, parts.trigger):  # a complaint about a field goes when the field is mended
+        field.input(_mended, parts.status, parts.status, queue=False, **PRIVATE)
     for one in (parts.name.blur, parts.trigger.blur, parts.base.input, parts.key.change):
         one(**refresh)
     return refresh
@@ -233,3 +235,8 @@ def _wire_forecast(roots: Roots, parts: Parts) -> None:
     for one in (parts.kind.input, parts.base.input):
         one(on_forecast, api_visibility="private", **counting)
     parts.measure.click(on_measure, api_name="train_measure", **counting)
+
+
+def _mended(status: str) -> Any:
+    """Takes away a complaint; anything else that was said stays."""
+    return "" if 'class="message bad"' in (status or "") else gr.skip()

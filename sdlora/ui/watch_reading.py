@@ -59,7 +59,7 @@ class Course:
     Args:
         step, steps: how far it is, of how many.
         step_s: of the last steps, from one to the next; None before there are two.
-        left_s: until the last step.
+        left_s: until the last step, by the pace of all that was done since the run last began.
         peak_bytes: of memory, as it was last told.
         total_s: of a run that has come to its end.
     """
@@ -83,13 +83,23 @@ def course(told: list[dict[str, Any]], *, pictures_per_step: int) -> Course:
     times = [_number(row.get("time_s")) for row in taken[-RECENT:]]
     gaps = [later - earlier for earlier, later in pairwise(times) if later >= earlier]
     step_s = statistics.median(gaps) if gaps else None
+    each_s = _pace(told, taken) or step_s
     peak = next((row["peak_bytes"] for row in reversed(told) if isinstance(row.get("peak_bytes"), int)), None)
     done = next((row for row in reversed(told) if row["event"] == "done"), None)
     return Course(
         step=int(step), steps=steps, loss=_mean([_number(row.get("loss")) for row in taken[-RECENT:]]), step_s=step_s,
-        left_s=None if step_s is None else max(0.0, (steps - step) * step_s), peak_bytes=peak, pictures_per_step=pictures_per_step,
+        left_s=None if each_s is None else max(0.0, (steps - step) * each_s), peak_bytes=peak, pictures_per_step=pictures_per_step,
         total_s=_number(done.get("elapsed_s")) if done else None,
     )  # fmt: skip
+
+
+def _pace(told: list[dict[str, Any]], taken: list[dict[str, Any]]) -> float | None:
+    """Seconds per step since the run last began or went on, with all samples, saves and looks between; None before the first."""
+    begun = next((row for row in reversed(told) if row["event"] in ("started", "continued", "paused")), None)
+    since = [row for row in taken if begun and _number(row.get("time_s")) > _number(begun.get("time_s"))]
+    if begun is None or len(since) < 2:
+        return None
+    return max(0.0, _number(since[-1].get("time_s")) - _number(since[0].get("time_s"))) / (len(since) - 1)
 
 
 def _mean(values: list[float]) -> float | None:
