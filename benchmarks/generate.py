@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace) -> None:
     if options.json:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
         options.json.write_text(json.dumps({"settings": settings | {"device": str(base.device)}} | found, indent=1) + "\n")
-    print("; ".join(last) + f" ({'process CPU time' if base.device.type == 'cpu' else 'time'}).")
+    print("; ".join(last) + f" ({peers.clock_name(base.device)}).")
 
 
 def main(words: list[str]) -> int:

@@ -296,3 +296,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began
+
+
+def clock_name(device: torch.device) -> str:
+    """What `seconds` are of, in words."""
+    return "process CPU time" if device.type == "cpu" else "time"

@@ -464,7 +464,7 @@ def measure(options: argparse.Namespace, words: list[str]) -> int:
     print(f"Gate: with the same start, noise and timesteps our gradients are PEFT's to {distance:.1e} of the largest, in fp32.")
     device = devices.best_device()
     top = peers.ceilings(device, devices.base_dtype(device))
-    clock_name = "process CPU time" if device.type == "cpu" else "time"
+    clock_name = peers.clock_name(device)
     print(
         f"Ceilings of this device, measured: {top.flops / 1e9:,.0f} GFLOP/s, {top.bytes / 1e9:,.1f} GB/s; img/s and shares by {clock_name}."
     )
