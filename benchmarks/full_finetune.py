@@ -4,6 +4,12 @@ Both train the same UNet from the same base on the same batches with the same no
 which weights move differs. Each contender has a process of its own, one after the other, so that the memory figures are honest. Both
 are then opened again from the files they have written, and judged as `sdlora.mini.evaluate` judges; the untouched base is judged too.
 The table goes to the screen and to FOLDER/table.md, the figures to FOLDER/figures.json, sheets of pictures beside them.
+
+    python -m benchmarks.full_finetune --counts
+    python -m benchmarks.full_finetune --speed block --out FOLDER [--pairs 7] [--batch 1]
+
+The first counts SD 1.5 and SDXL at full size on the `meta` device: weights that move, what they weigh while training and as a file,
+operations of a step. The second measures what a step takes, on bases that a CPU can repeat, turn by turn in one process.
 """
 
 from __future__ import annotations
@@ -23,13 +29,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from sdlora import adapters, base_files, cache, captions, config, devices, generate, lora, material, optimizer, prepare, result, train
+from benchmarks import full_size_step, peers, train_step
+from benchmarks import generate as drawing
+from sdlora import (
+    adapters,
+    base_files,
+    base_model,
+    cache,
+    captions,
+    config,
+    counts,
+    devices,
+    generate,
+    lora,
+    lora_attention,
+    lora_file,
+    lora_flat,
+    lora_names,
+    material,
+    optimizer,
+    prepare,
+    result,
+    train,
+)
+from sdlora.adapters import Trained
 from sdlora.base_model import Base
 from sdlora.config import Config
+from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
 from sdlora.generate import LoRA, Request
 from sdlora.material import Material
@@ -68,13 +100,16 @@ def run_config(options: argparse.Namespace) -> Config:
     return config.load(options.config, changes=[*steps, "lora.text_encoder=false"])
 
 
-def trainable(base: Base, run: Config, contender: str) -> list[nn.Parameter]:
-    """The weights that move: fresh adapters, or all of the UNet."""
+def trainable(base: Base, run: Config, options: argparse.Namespace) -> Trained:
+    """The weights that move, and what moves them: fresh adapters as the trainer has them, or all of the UNet."""
+    contender = options.contender
     if contender == "lora":
         adapters.add_lora(base, run)
-        return lora.parameters(base.unet)
+        return adapters.trained(base, run)
     base.unet.requires_grad_(True)
-    return list(base.unet.parameters())
+    weights = list(base.unet.parameters())
+    mover = optimizer.adamw([(weights, options.full_learning_rate)], weight_decay=run.optimizer.weight_decay)
+    return Trained(mover, weights, [], [])
 
 
 def data_of(base: Base, run: Config) -> Material:
@@ -103,17 +138,17 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_steps(base: Base, run: Config, weights: list[nn.Parameter], rate: float) -> dict[str, Any]:
+def run_steps(base: Base, run: Config, trained: Trained) -> dict[str, Any]:
     """Trains and returns the figures of `Cost` that training shows; the settings of the optimizer are those of `train`."""
-    loss = batches(base, run)
-    adamw = optimizer.adamw([(weights, rate)], weight_decay=run.optimizer.weight_decay)
+    loss, weights, adamw = batches(base, run), trained.weights, trained.mover
     step_s, step_cpu_s, value, gradients = [], [], math.nan, 0
     for step in track(range(run.steps), f"{run.steps} steps", console=Console(stderr=True)):
         began, cpu_began = time.perf_counter(), time.process_time()
         factor = optimizer.rate_factor(step, steps=run.steps, warmup=run.optimizer.warmup, schedule=run.optimizer.schedule)
         optimizer.set_rates(adamw, factor)
-        batch_loss = loss(step)
-        torch.autograd.backward(batch_loss)
+        with lora_flat.spread(trained.flats, trained.adapters, base.dtype):
+            batch_loss = loss(step)
+            torch.autograd.backward(batch_loss)
         torch.nn.utils.clip_grad_norm_(weights, run.optimizer.clip_norm or math.inf)
         gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
         adamw.step()
@@ -143,11 +178,10 @@ def train_contender(options: argparse.Namespace) -> Cost:
     """Trains one contender and leaves its weights in the folder."""
     run = run_config(options)
     base = base_files.load(run.base, device=devices.best_device(), dtype=torch.float32)
-    weights = trainable(base, run, options.contender)
-    rate = run.optimizer.learning_rate if options.contender == "lora" else options.full_learning_rate
-    figures = run_steps(base, run, weights, rate)
+    trained = trainable(base, run, options)
+    figures = run_steps(base, run, trained)
     written = save(base, run, options.contender, options.out)
-    return Cost(parameters=sum(weight.numel() for weight in weights), checkpoint_bytes=written, **figures)
+    return Cost(parameters=sum(weight.numel() for weight in trained.weights), checkpoint_bytes=written, **figures)
 
 
 def judge(options: argparse.Namespace) -> Quality:
@@ -197,6 +231,109 @@ def markdown(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# --- full size, counted -------------------------------------------------------------------------------------------------------
+
+
+def unet_on_meta(family: str) -> Any:
+    """A UNet of full size without weights, in bf16."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**full_size_step.plain(full_size_step.FAMILIES / family / "unet"))
+    return nn.Module.to(unet, torch.bfloat16).train()
+
+
+def step_flops(unet: Any, family: str, weights: list[nn.Parameter]) -> int:
+    """Operations of a step of one picture at the family's own size."""
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+    more = {"text_embeds": empty(1, 1280), "time_ids": empty(1, 6)} if family == "sdxl" else None
+    times = torch.zeros(1, device="meta", dtype=torch.long)
+    answer = counts.of_step(
+        lambda: unet(empty(1, 4, side, side), times, empty(1, 77, width), added_cond_kwargs=more).sample.float().square().mean(),
+        weights=[*unet.parameters(), *weights],
+    )
+    return answer.flops
+
+
+def counted(family: str, rank: int) -> dict[str, float]:
+    """Full fine-tuning over LoRA: parameters, training state with the LoRA's base in fp32 and in bf16, fp16 file, operations."""
+    unet = unet_on_meta(family)
+    every = list(unet.parameters())
+    size = sum(weight.numel() for weight in every)
+    full_flops = step_flops(unet, family, [])
+    lora.add(unet, rank=rank, alpha=rank, targets=base_model.targets("attn"), generator=torch.Generator())
+    lora_attention.share_inputs(unet)
+    weights = lora.parameters(unet)
+    own = sum(weight.numel() for weight in weights)
+    modules = {
+        lora_names.stem_of("unet", name): Update(LowRank(torch.zeros(update.change.down.shape), torch.zeros(update.change.up.shape), rank))
+        for name, update in lora.exports(unet).items()
+        if isinstance(update.change, LowRank)
+    }
+    file = len(lora_file.to_bytes(modules, {}, family=family))
+    state = 16  # bytes per weight that moves: itself, its gradient and AdamW's two averages, in fp32
+    return {
+        "parameters": size / own, "state, base in fp32": state * size / (4 * size + state * own),
+        "state, base in bf16": state * size / (2 * size + state * own), "file, fp16": 2 * size / file,
+        "operations": full_flops / step_flops(unet, family, weights),
+    }  # fmt: skip
+
+
+def show_counts() -> int:
+    """Prints how many times as much full fine-tuning takes."""
+    columns = [(family, rank) for family in ("sd1", "sdxl") for rank in (4, 16)]
+    found = {f"{family}, rank {rank}": counted(family, rank) for family, rank in columns}
+    print(f"| full / LoRA | {' | '.join(found)} |\n| --- |{' ---: |' * len(found)}")
+    for key in next(iter(found.values())):
+        print(f"| {key} | {' | '.join(f'{one[key]:,.2f}' for one in found.values())} |")
+    return 0
+
+
+# --- speed --------------------------------------------------------------------------------------------------------------------
+
+
+def show_speed(options: argparse.Namespace) -> int:
+    """Prints what a step of either takes, and the ratio of full fine-tuning to LoRA."""
+    asked = train_step.arguments(["--family", options.speed, "--batch", str(options.batch), "--out", str(options.out)])
+    train_step.base_of(asked)
+    go, _ = train_step.our_course(asked)
+    other, _ = train_step.our_course(asked)
+    whole, run = other.ready.base, other.run
+    lora.remove(whole.unet)
+    whole.unet.set_attn_processor(AttnProcessor2_0())
+    moved = trainable(whole, run, argparse.Namespace(contender="full", full_learning_rate=1e-5))
+    taken = {"LoRA": 0, "full": 0}
+
+    def next_of(who: str) -> int:
+        taken[who] += 1
+        return taken[who]
+
+    def full_step() -> None:
+        step = next_of("full")
+        batch = train.gather(run, other.ready, batch_index=step)
+        assert batch
+        torch.autograd.backward(train.loss_of_batch(whole, batch, other.alphas, run=run, batch_index=step))
+        nn.utils.clip_grad_norm_(moved.weights, run.optimizer.clip_norm)
+        moved.mover.step()
+        moved.mover.zero_grad(set_to_none=True)
+
+    device = devices.best_device()
+    work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "LoRA": (lambda: None, lambda: [train.take_step(go, next_of("LoRA")) for _ in range(asked.steps)]),
+        "full": (lambda: None, lambda: [full_step() for _ in range(asked.steps)]),
+    }
+    times = drawing.alternating(work, rounds=options.pairs, device=device)
+    print(f"{options.speed}, batch {options.batch}, {asked.steps} steps per turn\n\n{drawing.table(times, against='LoRA')}\n")
+    ratio = drawing.quotient(times, "full", "LoRA")
+    print(f"LoRA's throughput is {ratio:.2f} times that of full fine-tuning ({peers.clock_name(device)}).")
+    return 0
+
+
+# --- both trained and judged --------------------------------------------------------------------------------------------------
+
+
 def compare(options: argparse.Namespace, words: list[str]) -> int:
     """Runs each contender in a process of its own and shows the table; returns the code of the first that failed."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -220,8 +357,13 @@ def compare(options: argparse.Namespace, words: list[str]) -> int:
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_finetune", description="LoRA against full fine-tuning.")
-    parser.add_argument("--config", type=Path, required=True, help="the run that both train")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, figures and sheets")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="the run that both train")
+    what.add_argument("--counts", action="store_true", help="count SD 1.5 and SDXL at full size")
+    what.add_argument("--speed", choices=("mini", "block"), help="measure steps of this base")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for weights, figures and sheets")
+    parser.add_argument("--pairs", type=int, default=7, help="turns of each, for --speed")
+    parser.add_argument("--batch", type=int, default=1, help="for --speed")
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--full-learning-rate", type=float, default=3e-4, help="peak rate of full fine-tuning; the LoRA has the config's")
     parser.add_argument("--count", type=int, default=100, help="held-out prompts to judge")
@@ -233,6 +375,10 @@ def main(words: list[str]) -> int:
     """Compares, or is one contender's process; 2 and one sentence for a mistake that the user can mend."""
     options = arguments(words)
     try:
+        if options.counts:
+            return show_counts()
+        if options.speed:
+            return show_speed(options)
         if options.contender is None:
             return compare(options, words)
         contend(options)

@@ -52,12 +52,13 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: list[int], scales: tuple[float, ...], down: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-        ups, weights, biases = rest[: len(ranks)], rest[len(ranks) :: 2], rest[len(ranks) + 1 :: 2]
+        count = len(ranks)
+        ups, weights, biases = rest[:count], rest[count::2], rest[count + 1 :: 2]
         rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ down.T
+        hidden = torch.mm(rows, down.t())
         made = [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
-        for answer, part, up, scale in zip(made, torch.split(hidden, ranks, 1), ups, scales, strict=True):
-            answer.addmm_(part, up.T, alpha=scale)  # type: ignore[union-attr]
+        for answer, part, up, scale in zip(made, _parts(hidden, ranks), ups, scales, strict=True):
+            answer.addmm_(part, up.t(), alpha=scale)  # type: ignore[union-attr]
         ctx.save_for_backward(rows, hidden, down, *ups, *weights)
         ctx.ranks, ctx.scales, ctx.shape = ranks, scales, x.shape
         return tuple(answer.view(*x.shape[:-1], -1) for answer in made)
@@ -66,23 +67,27 @@ class _Together(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, down, *rest = ctx.saved_tensors
-        count = len(ctx.ranks)
-        ups, weights = rest[:count], rest[count:]
+        ranks, scales, count = ctx.ranks, ctx.scales, len(ctx.ranks)
+        ups, weights, needed = rest[:count], rest[count:], ctx.needs_input_grad
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-        inner = torch.empty_like(hidden)
-        for part, gradient, up, scale in zip(torch.split(inner, ctx.ranks, 1), flat, ups, ctx.scales, strict=True):
-            torch.addmm(part, gradient, up, beta=0, alpha=scale, out=part)
+        parts = _parts(hidden, ranks)
+        if count == 1:
+            inner = torch.addmm(hidden, flat[0], ups[0], beta=0, alpha=scales[0])
+        else:
+            inner = torch.empty_like(hidden)
+            for part, gradient, up, scale in zip(_parts(inner, ranks), flat, ups, scales, strict=True):
+                torch.addmm(part, gradient, up, beta=0, alpha=scale, out=part)
         to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = flat[0] @ weights[0]
+        if needed[0]:
+            to_x = torch.mm(flat[0], weights[0])
             for gradient, weight in zip(flat[1:], weights[1:], strict=True):
                 to_x.addmm_(gradient, weight)
             to_x = to_x.addmm_(inner, down).view(ctx.shape)
-        to_down = inner.T @ rows if ctx.needs_input_grad[3] else None
-        to_ups = [
-            torch.addmm(up, gradient.T, part, beta=0, alpha=scale) if needed else None
-            for up, gradient, part, scale, needed in zip(
-                ups, flat, torch.split(hidden, ctx.ranks, 1), ctx.scales, ctx.needs_input_grad[4 : 4 + count], strict=True
-            )
-        ]
-        return (to_x, None, None, to_down, *to_ups, *[None] * (2 * count))
+        to_down = torch.mm(inner.t(), rows) if needed[3] else None
+        to_ups = [torch.addmm(ups[i], flat[i].t(), parts[i], beta=0, alpha=scales[i]) if needed[4 + i] else None for i in range(count)]
+        return (to_x, None, None, to_down, *to_ups, *(None,) * (2 * count))
+
+
+def _parts(hidden: Tensor, ranks: list[int]) -> Sequence[Tensor]:
+    """The columns of each, by the operation itself: `torch.split` is a Python function around it, called thousands of times in a run."""
+    return (hidden,) if len(ranks) == 1 else hidden.split_with_sizes(ranks, 1)
