@@ -290,7 +290,7 @@ def test_in_a_browser_a_sheet_is_drawn_a_picture_is_clicked_and_used(page: gr.Bl
         tab.locator("#compare-steps input[type=number]").press("Tab")
         tab.locator("#compare-go").click()
         expect(tab.locator("#compare-status")).to_contain_text("완료", timeout=PATIENCE_MS)
-        expect(tab.locator("#compare-use")).to_be_enabled()
+        expect(tab.locator("#compare-use")).to_be_enabled(timeout=60_000)
         tab.wait_for_function("(image => image && image.complete && image.src.endsWith('.png') && image.src.includes('sheet-'))"
                               "(document.querySelector('#compare-sheet img'))")  # fmt: skip
         sheet = tab.locator("#compare-sheet img")

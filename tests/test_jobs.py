@@ -18,7 +18,7 @@ from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
 
-PATIENCE_S = 90
+PATIENCE_S = 300
 
 
 def wait_for(what: Callable[[], Any]) -> Any:

@@ -394,7 +394,8 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         page.fill("#train-trigger input, #train-trigger textarea", "zup")
         page.locator("#train-cards textarea").first.fill("<b>a cup</b>")
         page.locator("#train-expert button").first.click()
-        expect(page.locator("#train-text .cm-content")).to_contain_text("cups")
+        expect(page.locator("#train-text .cm-content")).to_contain_text("zup")
+        page.wait_for_timeout(4000)  # whatever the form has asked for is there; an answer that comes later would take the place of the text
         page.locator("#train-text .cm-content").click()
         page.keyboard.press("Control+A")
         page.keyboard.insert_text(QUICK)
