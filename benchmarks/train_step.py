@@ -81,8 +81,8 @@ class Runner:
 
 def base_of(options: argparse.Namespace) -> str:
     """The base that all train: the embedded one, or a folder of random weights in fp16, written once."""
-    if options.family == "mini":
-        return "mini"
+    if options.base or options.family == "mini":
+        return str(options.base or "mini")
     folder: Path = options.out / options.family
     if options.family == "block" and not (folder / "model_index.json").is_file():
         write_block(folder)
@@ -117,6 +117,11 @@ def pictures_of(options: argparse.Namespace) -> Path:
             Image.fromarray(pixels).save(folder / f"{i:03}.png")
             (folder / f"{i:03}.txt").write_text(f"picture {i} of noise")
     return folder
+
+
+def adapters_of(options: argparse.Namespace) -> Path:
+    """The file with the adapters' first numbers, which the gate draws and all contenders take."""
+    return options.out / f"adapters-{options.family}-{options.rank}-{options.targets}.safetensors"
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def ours(options: argparse.Namespace, without: str) -> Runner:
     if without == "fused":
         lora.LoRALayer._plain = lambda self, x: None  # type: ignore[method-assign]
     go, caching_s = our_course(options)
-    start(go, load_file(options.out / "adapters.safetensors"))
+    start(go, load_file(adapters_of(options)))
     if without == "cached":
         go = uncached(go)
     base, run, seen = go.ready.base, go.run, go.ready
@@ -222,7 +227,7 @@ def uncached(go: Course) -> Course:
 
 def opened_peer(options: argparse.Namespace, *, caches: bool, dtype: torch.dtype) -> peers.Peer:
     """PEFT's form of the same base, with the same numbers in its adapters."""
-    numbers = load_file(options.out / "adapters.safetensors")
+    numbers = load_file(adapters_of(options))
     return peers.open_peer(
         base_files.folder_of(str(base_of(options))), numbers, alpha=options.rank, pictures=pictures_of(options),
         side_px=options.resolution, device=devices.best_device(), dtype=dtype, caches=caches,
@@ -256,7 +261,7 @@ def gate(options: argparse.Namespace) -> float:
     numbers = {}
     for name, one in voices(go).items():
         numbers |= {f"{name}.down": one.down.detach().cpu().clone(), f"{name}.up": torch.randn(one.up.shape, generator=chance) * 0.02}
-    save_file(numbers, options.out / "adapters.safetensors")
+    save_file(numbers, adapters_of(options))
     start(go, numbers)
     batch = train.gather(go.run, go.ready, batch_index=0)
     assert batch
@@ -320,25 +325,38 @@ def counted(runner: Runner) -> dict[str, float]:
     }  # fmt: skip
 
 
-def contend(options: argparse.Namespace) -> None:
-    """Gets ready, says what is exact, and takes its turns: a line of JSON for each number of steps that is asked for."""
+def turns_of(options: argparse.Namespace) -> Callable[[int], dict[str, float]]:
+    """Gets a contender ready; asked for a number of steps it takes them and tells their figures, for 0 what is exact."""
     who, _, without = options.child.partition(" without ")
-    device, taken = devices.best_device(), 0
+    device, taken = devices.best_device(), 1
     runner = ours(options, without) if who == "ours" else theirs(options, caches=who == "peer, cached")
     first = peers.seconds(lambda: runner.step(1), device)
-    answer({"first_step_s": first, "caching_s": runner.caching_s, **counted(runner)})
+    exact = {"first_step_s": first, "caching_s": runner.caching_s, **counted(runner)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for line in sys.stdin:
-        asked = int(line)
+
+    def turn(steps: int) -> dict[str, float]:
+        nonlocal taken
+        if not steps:
+            return exact
+        which, taken = range(taken + 1, taken + 1 + steps), taken + steps
         cpu, wall = time.process_time(), time.perf_counter()
-        took = peers.seconds(lambda: [runner.step(2 + taken + i) for i in range(asked)], device)  # noqa: B023
-        taken += asked
-        row = {"step_s": took / asked, "cpu_s": (time.process_time() - cpu) / asked, "wall_s": (time.perf_counter() - wall) / asked}
+        took = peers.seconds(lambda: [runner.step(step) for step in which], device)
+        row = {"step_s": took / steps, "cpu_s": (time.process_time() - cpu) / steps, "wall_s": (time.perf_counter() - wall) / steps}
         if device.type == "cuda":
             row |= {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
             torch.cuda.empty_cache()  # the others have the same GPU
-        answer(row | {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)})
+        return row | {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+
+    return turn
+
+
+def contend(options: argparse.Namespace) -> None:
+    """A contender's process: a line of figures when it is ready, and one for each number of steps that it is asked for."""
+    turn = turns_of(options)
+    answer(turn(0))
+    for line in sys.stdin:
+        answer(turn(int(line)))
 
 
 def answer(row: dict[str, float]) -> None:
@@ -501,6 +519,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     """The command's options; the resolution is the family's own and the numbers of steps the device's, if not given."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description="A training step, ours against the usual way.")
     parser.add_argument("--family", choices=FAMILIES, default="mini")
+    parser.add_argument("--base", type=Path, help="a diffusers folder, in the place of the family's random weights")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", choices=("attn", "attn-mlp"), default="attn")
