@@ -23,7 +23,6 @@ from sdlora.lora_file import FAMILIES, LoRAFile
 from sdlora.weights_file import Entry
 
 MOST_TAGS = 200
-OF_NOTHING = "e3b0c442"  # a file below 1 MB has no bytes where A1111's old hash looks, and all of them have this one
 _CONTEXT = re.compile(
     r"attn2[._](?:processor[._])?to_[kv](?:_lora)?\.(?:lora_down|lora_A|lora\.down|down|lora_linear_layer\.down)\b.*weight"
 )
@@ -91,7 +90,7 @@ def _facts(path: Path, size: int, written_ns: int, *_: int) -> Facts:
         trigger=told.get("modelspec.trigger_phrase", "")[:500] or beside.trigger[:500],
         strength=_stated_strength(told) if beside.strength is None else beside.strength,
         base=told.get("ss_sd_model_name", "")[:200], hash=told.get("sshs_model_hash", "")[:64],
-        legacy_hash=legacy if not (legacy := told.get("sshs_legacy_hash", "")[:64]).startswith(OF_NOTHING) else "", notes=beside.notes,
+        legacy_hash=told.get("sshs_legacy_hash", "")[:64], notes=beside.notes,
     )  # fmt: skip
 
 
