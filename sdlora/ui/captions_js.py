@@ -4,6 +4,8 @@ Texts of files are put in as text, so nothing in a caption can become HTML. A ca
 being typed in is never drawn anew.
 """
 
+from sdlora.ui.generate_cards_js import MAKE
+
 HTML = """<section class="set"><div class="welcome"></div><ul class="general"></ul>
 <div class="cards" role="list"></div>
 <nav class="pages" hidden><button type="button" class="newer"></button><span class="said"></span>
@@ -42,17 +44,12 @@ button:hover { border-color: var(--primary-400); } button:disabled { opacity: 0.
 .pages { display: flex; gap: 12px; align-items: center; justify-content: center; color: var(--body-text-color-subdued); }
 """
 
-SCRIPT = r"""
+SCRIPT = (
+    MAKE
+    + r"""
 const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
 const [welcome, general, cards, pages, newer, said, older] =
   [".welcome", ".general", ".cards", ".pages", ".newer", ".said", ".older"].map((one) => element.querySelector(one));
-const make = (tag, className, text) => {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  if (tag === "button") made.type = "button";
-  return made;
-};
 const finding = (one) => make("li", "finding " + one.severity, one.what);
 const worst = (found) => ["stops", "warns"].find((one) => found.some((each) => each.severity === one)) || "";
 
@@ -124,3 +121,4 @@ older.addEventListener("click", () => trigger("select", { page: props.value.page
 watch("value", render);
 render();
 """
+)

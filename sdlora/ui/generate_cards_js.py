@@ -52,13 +52,8 @@ input[type=checkbox] { appearance: auto; width: 18px; height: 18px; margin: 0; b
 .result.bad { border-color: #dc2626; }
 """
 
-SCRIPT = r"""
-const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
-const [cards, add, picker, search, count, results] =
-  [".cards", ".add", ".picker", ".search", ".count", ".results"].map((one) => element.querySelector(one));
-const base = () => window.sdloraBase || props.base;
-const known = new Map();
-let asked = 0, drawn = "";
+# How both pages with cards build an element.
+MAKE = r"""
 const make = (tag, className, text) => {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -66,6 +61,17 @@ const make = (tag, className, text) => {
   if (tag === "button") made.type = "button";
   return made;
 };
+"""
+
+SCRIPT = (
+    MAKE
+    + r"""
+const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
+const [cards, add, picker, search, count, results] =
+  [".cards", ".add", ".picker", ".search", ".count", ".results"].map((one) => element.querySelector(one));
+const base = () => window.sdloraBase || props.base;
+const known = new Map();
+let asked = 0, drawn = "";
 const value = () => JSON.parse(JSON.stringify(props.value || { chosen: [] }));
 const put = (change) => { const now = value(); change(now.chosen); drawn = JSON.stringify(now); props.value = now; };
 const shot = (facts) => {
@@ -187,6 +193,7 @@ watch("value", () => { if (JSON.stringify(value()) !== drawn) { render(); learn(
 render();
 if (value().chosen.length) learn();
 """
+)
 
 # The base is another control: a change of it is told to the cards, which then ask anew whether their files fit.
 TELL_BASE = """(base) => { window.sdloraBase = base; window.dispatchEvent(new Event("sdlora-base")); }"""
