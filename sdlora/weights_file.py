@@ -231,20 +231,23 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     """One tensor's description, its shape and span agreeing."""
     if not _is_text(name) or not 0 < len(name) <= _LONGEST_NAME:
         raise _damaged(path, f"a tensor is named {_shown(name)}, which is not 1 to {_LONGEST_NAME} characters of text")
-    here = f"tensor {_shown(name)}"
+
+    def wrong(what: str) -> UserError:  # words are made for the one tensor that needs them, not for the thousands of a file
+        return _damaged(path, f"tensor {_shown(name)} has {what}")
+
     parts = value if isinstance(value, dict) else {}
     dtype, shape, span = (parts.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         found = _shown(dtype) if isinstance(dtype, str) else "that is not text"
-        raise _damaged(path, f"{here} has a dtype {found}, and {', '.join(_ITEM_BYTES)} are known")
+        raise wrong(f"a dtype {found}, and {', '.join(_ITEM_BYTES)} are known")
     if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_count(count) for count in shape):
-        raise _damaged(path, f"{here} has a shape that is not a list of up to {_MOST_AXES} counts")
+        raise wrong(f"a shape that is not a list of up to {_MOST_AXES} counts")
     if not isinstance(span, list) or len(span) != 2 or not all(_is_count(offset) for offset in span):
-        raise _damaged(path, f"{here} has data_offsets that are not two counts of bytes")
-    if math.prod(max(count, 1) for count in shape) > _MOST_ITEMS:
-        raise _damaged(path, f"{here} has a shape of more than {_MOST_ITEMS:,} numbers")
+        raise wrong("data_offsets that are not two counts of bytes")
+    if math.prod([max(count, 1) for count in shape]) > _MOST_ITEMS:
+        raise wrong(f"a shape of more than {_MOST_ITEMS:,} numbers")
     if math.prod(shape) * _ITEM_BYTES[dtype] != span[1] - span[0]:
-        raise _damaged(path, f"{here} has a shape that does not fit the bytes that it is given")
+        raise wrong("a shape that does not fit the bytes that it is given")
     return Entry(dtype, tuple(shape), span[0], span[1])
 
 
