@@ -163,7 +163,7 @@ def looks_at(run: Config, files: dict[int, Path]) -> Iterator[Validated]:
 @cache
 def judge_base() -> Base:
     """The base that draws for the judge."""
-    return base_files.load("mini", device=CPU, dtype=torch.bfloat16)
+    return base_files.load("mini", device=CPU, dtype=torch.float32)
 
 
 def judged(kind: str, path: Path, *, block: int) -> list[tuple[bool, ...]]:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,20 @@ def take_back(jobs: Jobs, folder: Path) -> None:
     raise UserError(f"Run {folder.name} does not wait (any more); look what it does now.")
 
 
+def put_away(jobs: Jobs, folder: Path) -> None:
+    """Takes a job that has ended, however it did, off the list; its run folder stays as it is.
+
+    Raises:
+        UserError: if it is at work or in line.
+    """
+    job = look(jobs, folder)
+    if job.state in (*job_states.AT_WORK, "waiting"):
+        raise UserError(f"Run {folder.name} is {job.state}; stop it first, then put it away.")
+    for path, ticket in job_line.tickets(jobs.runs, "started"):
+        if ticket.folder == folder.name and folder.parent == jobs.runs:
+            path.unlink(missing_ok=True)
+
+
 def ask(jobs: Jobs, folder: Path, request: str) -> None:
     """Asks a job for one of `run_folder.REQUESTS`, or to "resume"; one that waits is taken out of the line by "stop".
 
@@ -203,14 +218,18 @@ def _working(jobs: Jobs) -> Path | None:
 # --- starting ------------------------------------------------------------------------------------------------------------------
 
 
-def start_next(jobs: Jobs) -> Path | None:
-    """Starts the job that has waited longest, if none is at work; its run folder if it did."""
+def start_next(jobs: Jobs, *, ready: Callable[[], bool] = lambda: True) -> Path | None:
+    """Starts the job that has waited longest, if none is at work; its run folder if it did.
+
+    Args:
+        ready: asked just before, when one waits; makes room for it, or says that it has to wait longer.
+    """
     _reap()
     if not job_line.tickets(jobs.runs, "waiting"):
         return None
     handle = job_line.open_slot(jobs.runs)
     try:
-        if not job_line.taken(handle) or _working(jobs):
+        if not job_line.taken(handle) or _working(jobs) or not ready():
             return None
         os.ftruncate(handle, 0)  # so that nobody is taken for the last holder
         for path, ticket in job_line.tickets(jobs.runs, "waiting"):
@@ -225,14 +244,18 @@ def start_next(jobs: Jobs) -> Path | None:
         os.close(handle)  # the child has its own
 
 
-def keep_going(jobs: Jobs) -> threading.Event:
-    """Starts a thread that starts jobs one after the other, until the event that it returns is set; children live on without it."""
+def keep_going(jobs: Jobs, *, ready: Callable[[], bool] = lambda: True) -> threading.Event:
+    """Starts a thread that starts jobs one after the other, until the event that it returns is set; children live on without it.
+
+    Args:
+        ready: as for `start_next`.
+    """
     stop = threading.Event()
 
     def follow() -> None:
         while not stop.wait(LOOK_S):
             with suppress(OSError, UserError):  # a disk that is full or gone may come back
-                start_next(jobs)
+                start_next(jobs, ready=ready)
 
     threading.Thread(target=follow, name="job queue", daemon=True).start()
     return stop

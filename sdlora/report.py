@@ -160,7 +160,8 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
     if run.base == "mini":
         here = chosen.path.relative_to(facts.folder).as_posix()
         command = f"sdlora generate --lora {shlex.quote(f'{here}:{strength}')} --prompt {shlex.quote(prompt)}"
-        yield Listed((("In the folder of this report: ", Code(command)), call), ordered=True)
+        on_page: Words = ("On sdlora's page: choose this training and press Draw with it.",)
+        yield Listed((on_page, ("Or in the folder of this report: ", Code(command)), call), ordered=True)
         yield Paragraph(("The embedded base is small and made for trying out; other programs do not have it.",), faint=True)
     else:
         yield Listed(tuple(_elsewhere(facts, chosen, strength, prompt, call)), ordered=True)

@@ -10,8 +10,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import tomllib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,24 +23,47 @@ from sdlora.errors import UserError
 from sdlora.trial import BatchTime, Measured, Progress, TooLargeError, measure
 
 KILLED = -9  # how a process ends that the system takes when memory is short
+LOOK_S = 0.2  # between looks whether the answer is still wanted
 
 
-def tried(run: Config, *, memory_limit_bytes: int | None = None, work: bool = False) -> Iterator[Progress | Measured]:
-    """`trial.measure` in a fresh process; the arguments are the same.
+class UnwantedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def tried(
+    run: Config, *, memory_limit_bytes: int | None = None, work: bool = False, wanted: Callable[[], bool] | None = None
+) -> Iterator[Progress | Measured]:
+    """`trial.measure` in a fresh process; the other arguments are the same.
+
+    Args:
+        wanted: asked now and then; once it says no, the process is ended.
 
     Raises:
         UserError, TooLargeError: as `trial.measure`; a process that the system ended was too large.
+        UnwantedError: if the answer is not wanted any more.
     """
+    if wanted and not wanted():
+        raise UnwantedError
     asked = json.dumps({"config": config.to_toml(run), "memory_limit_bytes": memory_limit_bytes, "work": work})
     command = [sys.executable, "-m", "sdlora.trial_process"]
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as child:
-            answer = yield from _followed(child, asked)
+            answer = yield from _followed(child, asked, wanted)
+        if wanted and not wanted():
+            raise UnwantedError
         said.seek(0)
         yield understood(answer, child.returncode, said.read())
 
 
-def _followed(child: subprocess.Popen[str], asked: str) -> Generator[Progress, None, dict[str, Any]]:
+def _end_when_unwanted(child: subprocess.Popen[str], wanted: Callable[[], bool]) -> None:
+    """Opening a large base tells nothing for a long time, so the process is not left to be ended between two lines."""
+    while child.poll() is None:
+        if not wanted():
+            child.kill()
+        time.sleep(LOOK_S)
+
+
+def _followed(child: subprocess.Popen[str], asked: str, wanted: Callable[[], bool] | None) -> Generator[Progress, None, dict[str, Any]]:
     """Asks a child, passes its progress on, and returns its answer; it ends with whoever asked."""
     assert child.stdin
     assert child.stdout
@@ -46,6 +71,8 @@ def _followed(child: subprocess.Popen[str], asked: str) -> Generator[Progress, N
     try:
         child.stdin.write(asked)
         child.stdin.close()
+        if wanted:
+            threading.Thread(target=_end_when_unwanted, args=(child, wanted), daemon=True).start()
         for line in child.stdout:
             answer = json.loads(line)
             if "done" in answer:

@@ -147,6 +147,15 @@ def test_two_pages_start_each_job_once_and_never_two_together(line: Jobs, monkey
     assert max(together) == 1
 
 
+def test_a_job_waits_until_there_is_room_for_it(line: Jobs, tiny_base: Path, pictures: Path) -> None:
+    asked: list[bool] = []
+    assert jobs.start_next(line, ready=lambda: not asked.append(True)) is None
+    assert asked == []  # nobody has to make room for nothing
+    put(line, make(tiny_base, pictures))
+    assert jobs.start_next(line, ready=lambda: bool(asked.append(False))) is None
+    assert asked == [False]
+
+
 def test_a_training_from_a_shell_is_waited_for(line: Jobs, tiny_base: Path, pictures: Path) -> None:
     put(line, make(tiny_base, pictures))
     with run_lock.held(line.runs / "sweep/one"):

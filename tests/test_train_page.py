@@ -226,10 +226,38 @@ def test_a_start_freezes_the_pictures_and_writes_settings_that_follow_from_them(
 
 
 def test_a_forecast_is_counted_at_once(roots: Roots, key: str) -> None:
-    (told,) = train_actions.forecast(roots, key, form(roots), {"steps": 40}, "en", measure=False)
-    assert isinstance(told, str)
+    told = train_actions.counted(roots, key, form(roots), {"steps": 40}, "en")
     assert "40 steps of 4 pictures" in told
     assert "GiB of memory" in told
+
+
+def test_a_forecast_is_measured_as_long_as_somebody_waits_for_it(roots: Roots, key: str) -> None:
+    quick = settings.changes_of(QUICK)
+    *tried, told = train_actions.measured(roots, key, form(roots), quick, "en", lambda: True)
+    assert tried
+    assert "About" in str(told)
+    asked = iter([True, False, False])
+    assert list(train_actions.measured(roots, key, form(roots), quick, "en", lambda: next(asked, False))) == []
+
+
+def test_pictures_that_cannot_be_used_leave_no_set_and_are_told_once(roots: Roots, tmp_path: Path) -> None:
+    (tmp_path / "letter.png").write_text("Dear all")
+    with pytest.raises(UserError, match=r"'letter\.png' is no picture") as told:
+        train_actions.drop(roots, "", [tmp_path / "letter.png"], "en")
+    assert "uploads" not in str(told.value)
+    assert list((roots.data / uploads.FOLDER).iterdir()) == []
+
+
+def test_a_refusal_does_not_say_where_a_set_lies(roots: Roots, key: str) -> None:
+    for path in uploads.pictures(uploads.set_folder(roots, key)):
+        train_actions.remove(roots, key, key_of(roots.data, path))
+    for work in (
+        partial(train_actions.counted, roots, key, form(roots), {}, "en"),
+        partial(train_actions.start, roots, Jobs(roots.runs), key, form(roots), {}, "me"),
+    ):
+        with pytest.raises(UserError) as told:
+            work()
+        assert key not in str(told.value)
 
 
 # --- watching ------------------------------------------------------------------------------------------------------------------
@@ -266,7 +294,7 @@ def test_a_run_is_shown_with_its_numbers_curves_and_the_newest_pictures_beside_t
     assert "held-out pictures" in view.curves
     assert view.pictures.count("<img") == 2
     assert [label in view.pictures for label in ("Without", "Step 20", "Step 10")] == [True, True, False]
-    assert view.buttons == ("go_on", "use")
+    assert view.buttons == ("go_on", "use", "put_away")
     with run_lock.held(told):
         (told / "metrics.jsonl").open("a").write(json.dumps({"event": "step", "step": 21, "loss": 0.1, "time_s": 2e9}) + "\n")
         assert watch_actions.view(roots, line, key, "ko").buttons == ("pause", "stop", "save", "sample")
@@ -300,6 +328,26 @@ def test_what_somebody_else_started_is_stopped_only_when_asked_twice(roots: Root
     assert not folder.exists()
     with pytest.raises(UserError, match="cannot stop"):
         watch_buttons.press(roots, line, key_of(roots.runs, told), "stop", gallery.owner_of("x" * 40, ""), "", "en")
+
+
+def test_what_has_ended_is_put_away_and_its_files_stay(roots: Roots, line: Jobs, told: Path, key: str) -> None:
+    waiting = train_actions.start(roots, line, key, form(roots), {}, "me")
+    with pytest.raises(UserError, match="stop it first"):
+        watch_buttons.put_away(roots, line, key_of(roots.runs, waiting), "en")
+    job = key_of(roots.runs, told)
+    assert "put_away" in watch_actions.view(roots, line, job, "en").buttons
+    assert "off this list" in watch_buttons.put_away(roots, line, job, "en")
+    assert [one["name"] for one in watch_actions.rows(roots, line)] == [waiting.name]
+    assert (told / "metrics.jsonl").exists()
+    assert "put_away" not in watch_actions.view(roots, line, job, "en").buttons
+
+
+def test_a_report_is_shown_where_nothing_of_it_can_run(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text('<p onclick="x">"quoted" & <script>alert(1)</script></p>')
+    shown = watch_buttons.paper(tmp_path / "report.html", '"Report"')
+    assert shown.count("<") == 2  # the frame's own tags
+    assert " sandbox " in shown
+    assert 'title="&quot;Report&quot;"' in shown
 
 
 def test_generate_is_given_what_draws_with_the_lora(roots: Roots, line: Jobs, told: Path) -> None:
@@ -395,10 +443,11 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         page.locator("#train-cards textarea").first.fill("<b>a cup</b>")
         page.locator("#train-expert button").first.click()
         expect(page.locator("#train-text .cm-content")).to_contain_text("zup")
-        page.wait_for_timeout(4000)  # whatever the form has asked for is there; an answer that comes later would take the place of the text
         page.locator("#train-text .cm-content").click()
         page.keyboard.press("Control+A")
         page.keyboard.insert_text(QUICK)
+        page.wait_for_timeout(3000)  # an answer that comes late does not take the place of what was written
+        expect(page.locator("#train-text .cm-content")).to_contain_text("steps = 4")
         page.locator("#train-go").click()
         expect(page.locator("#watch-head")).to_contain_text("cups")
         expect(page.locator("#watch-head .badge")).to_have_text("done")
@@ -409,7 +458,10 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         expect(page.locator("#watch-head .badge")).to_have_text("done")
         expect(page.locator("#train-cards .card")).to_have_count(5)
         expect(page.locator("#train-cards textarea").first).to_have_value("<b>a cup</b>")
-        expect(page.locator("#train-forecast")).to_contain_text("GiB of memory")
+        expect(page.locator("#train-forecast")).to_contain_text("About")  # the time, which nobody has asked for
+        page.locator("#watch-put_away").click()
+        expect(page.locator("#watch-status")).to_contain_text("off this list")
+        expect(page.locator("#watch-put_away")).to_be_hidden()
     (run,) = roots.runs.glob("cups")
     saved = config.load(run / "config.toml")
     assert (saved.steps, saved.lora.rank, saved.trigger) == (4, 2, "zup")

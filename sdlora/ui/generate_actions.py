@@ -101,8 +101,11 @@ def look_of(drawn: Drawn, language: str = "en") -> dict[str, Any]:
 
 
 async def generate_pictures(studio: Studio, session: str, language: str, form: Form) -> AsyncIterator[dict[str, Any]]:
-    """Generate was pressed: yields what changes on the page, by the control's name; a mistake as its one sentence."""
-    free = {"go": gr.update(interactive=True), "stop": gr.update(interactive=False), "preview": gr.update(value="", visible=False)}
+    """Generate was pressed: yields what changes on the page, by the control's name; a mistake as its one sentence.
+
+    Generate can be pressed again only when all of it has come to its end, as a browser passes over a press before that; see `wire`.
+    """
+    free = {"preview": gr.update(value="", visible=False)}
     try:
         if form.random is True:
             form = replace(form, seed=secrets.randbelow(2**31))

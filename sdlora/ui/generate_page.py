@@ -113,7 +113,9 @@ def _wire_drawing(studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
         studio_line.stop(studio, str(request.session_hash))
 
     drawn = parts.go.click(on_generate, inputs, list(changing.values()), api_name="generate", concurrency_limit=None, **QUIET)
-    drawn.then(_newest(studio), [parts.token], _history(parts), **PRIVATE)
+    drawn.then(
+        lambda: (gr.update(interactive=True), gr.update(interactive=False)), outputs=[parts.go, parts.stop], queue=False, **PRIVATE
+    ).then(_newest(studio), [parts.token], _history(parts), **PRIVATE)  # fmt: skip
     parts.go.click(None, js=TO_RESULTS, api_visibility="private")
     parts.stop.click(on_stop, outputs=parts.status, queue=False, api_name="generate_stop", **QUIET)
     demo.unload(on_leave)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -18,6 +19,7 @@ import gradio as gr
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs, keep_going
 from sdlora.ui import compare_page, generate_page, library_page, train_page, words
+from sdlora.ui import studio as studios
 from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 from sdlora.ui.words import label
@@ -67,8 +69,11 @@ _OWN = """
 CSS = _OWN + train_page.CSS + generate_page.CSS + compare_page.CSS + library_page.CSS
 
 
-def build(roots: Roots) -> gr.Blocks:
+def build(roots: Roots, studio: Studio | None = None) -> gr.Blocks:
     """The page, not yet listening.
+
+    Args:
+        studio: where it draws; one of its own if not given.
 
     Raises:
         UserError: if LoRA files or runs lie inside the folder of pictures.
@@ -76,7 +81,7 @@ def build(roots: Roots) -> gr.Blocks:
     for inside in (roots.runs, roots.loras, roots.bases, roots.trash):
         if inside.resolve().is_relative_to(roots.outputs.resolve()):
             raise UserError(f"Folder {roots.outputs} holds {inside}, and all that it holds can be read from the page; choose another.")
-    studio, jobs = Studio(roots), Jobs(roots.runs)
+    studio, jobs = studio or Studio(roots), Jobs(roots.runs)
     demo: gr.Blocks
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(TITLE, elem_id="title", padding=False)
@@ -94,7 +99,7 @@ def build(roots: Roots) -> gr.Blocks:
         for tab, name in ((compare_tab, "compare"), (library_tab, "library")):  # what was trained meanwhile is in the lists
             tab.select(None, js=f"() => {{ document.querySelector('#{name}-refresh').click(); }}", api_visibility="private")
         for used, setting in (
-            (train_page.wire(roots, jobs, training, demo), training.watch.setting),
+            (train_page.wire(roots, jobs, training, demo, partial(studios.is_free, studio)), training.watch.setting),
             (compare_page.wire(roots, studio, comparing, demo), comparing.setting),
         ):
             generate_page.receive(studio, drawing, used, setting)
@@ -117,7 +122,8 @@ def launch(
     """
     if host not in LOOPBACK and not password:
         raise UserError(f"Host {host} lets other computers in; give a password too, or listen on 127.0.0.1.")
-    demo = build(roots)
+    studio = Studio(roots)
+    demo = build(roots, studio)
     try:
         demo.launch(
             server_name=host, server_port=port, auth=_guard(password), inbrowser=open_browser, prevent_thread_lock=True, quiet=True,
@@ -126,7 +132,7 @@ def launch(
         )  # fmt: skip
     except OSError as problem:
         raise UserError(f"Port {port} on {host} cannot be used, most likely because it is taken; choose another with --port.") from problem
-    keep_going(Jobs(roots.runs))
+    keep_going(Jobs(roots.runs), ready=partial(studios.make_room, studio))
     print(f"The page is at {demo.local_url} (Ctrl+C ends it)", flush=True)
     if wait:
         demo.block_thread()

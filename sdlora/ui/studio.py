@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from sdlora import base_files, base_model, devices, lora_file, run_lock
@@ -117,6 +119,31 @@ def use_base(studio: Studio, name: str) -> Base:
         studio.base = base_files.load(name, device=device, dtype=devices.base_dtype(device))
         studio.plain.clear()
     return studio.base
+
+
+def make_room(studio: Studio) -> bool:
+    """Lets go of the base where a training would have to share a GPU's memory with it; whether there is room now.
+
+    A drawing that is at work is waited for: then there is none yet.
+    """
+    if devices.best_device().type == "cpu":
+        return True
+    if not studio.busy.acquire(blocking=False):
+        return False
+    try:
+        studio.base = None
+        studio.plain.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    finally:
+        studio.busy.release()
+    return True
+
+
+def is_free(studio: Studio) -> bool:
+    """Whether a trial would have the device for itself: no training at work, and on a GPU no base of ours in its memory."""
+    return not training(studio.roots) and (studio.base is None or devices.best_device().type == "cpu")
 
 
 def look_at_base(studio: Studio, name: str) -> tuple[int, str] | None:

@@ -6,10 +6,12 @@ Every function answers a person's mistake with a `UserError`, which the page sho
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from sdlora import jobs, plan, prepare
+from sdlora import jobs, plan, prepare, trial_process
 from sdlora import material as materials
 from sdlora.amounts import duration, size
 from sdlora.errors import UserError
@@ -40,17 +42,19 @@ def drop(roots: Roots, key: str | None, sources: Sequence[str | Path], language:
     if not paths:
         raise UserError("No files were dropped; drop pictures, 10 to 50 are usual.")
     try:
-        uploads.set_folder(roots, key)
+        folder, is_new = uploads.set_folder(roots, key), False
     except UserError:
-        key = uploads.make_set(roots)
+        key, is_new = uploads.make_set(roots), True
+        folder = uploads.set_folder(roots, key)
     assert isinstance(key, str)
     kept, refused = uploads.add(roots, key, paths)
-    there = len(uploads.pictures(uploads.set_folder(roots, key)))
-    said = words.say("train.kept", language, kept=kept, count=there)
-    if refused:
-        more = words.say("train.refused_more", language, count=len(refused) - 3) if len(refused) > 3 else ""
-        said = " ".join([said, *refused[:3], more]).strip()
-    return key, message(_clean(said), kind="bad" if refused else "good")
+    more = words.say("train.refused_more", language, count=len(refused) - 3) if len(refused) > 3 else ""
+    why_not = " ".join([*refused[:3], more]).strip()
+    if is_new and not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(_clean(why_not))
+    said = words.say("train.kept", language, kept=kept, count=len(uploads.pictures(folder)))
+    return key, message(_clean(f"{said} {why_not}".strip()), kind="bad" if refused else "good")
 
 
 def choose(roots: Roots, folder: str, language: str) -> tuple[str, str]:
@@ -93,20 +97,36 @@ def folder_of(roots: Roots, key: str | None) -> Path:
         return roots.data / uploads.FOLDER / "none"
 
 
-def forecast(roots: Roots, key: str, form: Form, changes: Flat, language: str, *, measure: bool) -> Iterator[tuple[int, int] | str]:
-    """What the run will take: (done, total) of each trial, and at the end the forecast as HTML; counted at once, measured in a trial.
+def counted(roots: Roots, key: str, form: Form, changes: Flat, language: str) -> str:
+    """What the run will take as far as it can be counted, as HTML.
 
     Raises:
         UserError: if the settings, the pictures or the base cannot be used, or nothing fits.
     """
-    run = settings.run_of(roots, form, changes, uploads.set_folder(roots, key), named=False)
-    if measure:
-        for one in plan.plan(run, measure=True):
+    folder = uploads.set_folder(roots, key)
+    with uploads.hidden(folder):
+        run = settings.run_of(roots, form, changes, folder, named=False)
+        *_, made = plan.plan(run, measure=False)
+        assert isinstance(made, Forecast)
+        return _told(made, prepare.linked_run(run), language)
+
+
+def measured(
+    roots: Roots, key: str, form: Form, changes: Flat, language: str, wanted: Callable[[], bool]
+) -> Iterator[tuple[int, int] | str]:
+    """What the run will take, measured: (done, total) of each trial, and at the end the forecast as HTML.
+
+    Args:
+        wanted: whether somebody waits for it; once it says no, the trial ends without a forecast.
+
+    Raises:
+        UserError: as `counted`.
+    """
+    folder = uploads.set_folder(roots, key)
+    with uploads.hidden(folder), suppress(trial_process.UnwantedError):
+        run = settings.run_of(roots, form, changes, folder, named=False)
+        for one in plan.plan(run, attempt=partial(trial_process.tried, wanted=wanted)):
             yield _told(one, prepare.linked_run(run), language) if isinstance(one, Forecast) else one
-        return
-    *_, made = plan.plan(run, measure=False)
-    assert isinstance(made, Forecast)
-    yield _told(made, prepare.linked_run(run), language)
 
 
 def _told(made: Forecast, linked: Linked, language: str) -> str:
@@ -138,12 +158,12 @@ def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: 
         UserError: if something is missing or not allowed; then nothing is left behind.
     """
     source = uploads.set_folder(roots, key)
-    run = settings.run_of(roots, form, changes, source)
-    found = materials.find(run)
-    stops = [one for one in found.findings if one.severity == "stops"]
-    if stops:
-        where = f"{uploads.shown(stops[0].path)}: " if stops[0].path else ""
-        raise UserError(f"{where}{stops[0].what} {stops[0].advice}".replace(str(source), "…"))
+    with uploads.hidden(source):
+        run = settings.run_of(roots, form, changes, source)
+        found = materials.find(run)
+        if stops := [one for one in found.findings if one.severity == "stops"]:
+            where = f"{uploads.shown(stops[0].path)}: " if stops[0].path else ""
+            raise UserError(f"{where}{stops[0].what} {stops[0].advice}")
     if not found.samples:
         raise UserError("There is no picture that can be trained on; drop some, and write captions or set a trigger word.")
     folder = jobs.reserve(line, run.name)

@@ -11,10 +11,12 @@ presses are API endpoints too; from a program, for example:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
@@ -28,6 +30,7 @@ from sdlora.ui.train_parts import Parts, layout
 
 __all__ = ["CSS", "Parts", "layout", "wire"]
 
+Refresh = Callable[[gr.events.Dependency], None]
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
 CSS = (
@@ -56,11 +59,16 @@ REMEMBERED = """() => {
   return [token, set];
 }"""
 KEEP = """(set) => { try { localStorage.setItem("sdlora-set", set || ""); } catch { /* as above */ } }"""
+# What was written meanwhile by hand is not replaced by an answer that comes late.
+UNLESS_EDITED = """(fresh, text, shown) => (text || "") === (shown || "") ? [fresh, fresh] : [text, shown]"""
 TO_WATCH = """() => { document.querySelector("#watch-title").scrollIntoView({ behavior: "smooth" }); }"""
 
 
-def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.Dependency:
+def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Callable[[], bool] = lambda: True) -> gr.events.Dependency:
     """Says what each press does.
+
+    Args:
+        is_free: whether a trial would be alone on the device.
 
     Returns:
         The event of "Draw with it": with `.then` and `parts.watch.setting`, Generate takes it over as it does from Compare.
@@ -70,7 +78,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
     on_watch, watched, used = watch_page.wire(roots, jobs, parts.watch, parts.token, demo)
     refresh = _wire_settings(roots, parts)
     _wire_pictures(roots, parts, look, refresh)
-    _wire_forecast(roots, parts)
+    leave = _wire_forecast(roots, parts, demo, is_free)
     form = [parts.name, parts.trigger, parts.kind, parts.base]
 
     def on_start(
@@ -84,6 +92,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
                 text, shown, settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
             )  # fmt: skip
             folder = actions.start(roots, jobs, set_id, words_of_form, changed, owner)
+            leave(request)
         except UserError as problem:
             return message(str(problem), kind="bad"), gr.skip()
         job = places.key_of(roots.runs, folder)
@@ -102,11 +111,11 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks) -> gr.events.D
     seen.then(None, parts.status, js=f"(said) => {{ if ((said || '').includes('good')) ({TO_WATCH})(); }}", api_visibility="private")
     demo.load(on_load, outputs=[parts.folder, parts.base], **PRIVATE)
     remembered = demo.load(None, outputs=[parts.token, parts.key], js=REMEMBERED, **PRIVATE)
-    remembered.then(**look).then(**refresh)
+    refresh(remembered.then(**look))
     return used
 
 
-def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any], refresh: dict[str, Any]) -> None:
+def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any], refresh: Refresh) -> None:
     def on_pictures(request: gr.Request, files: list[str], set_id: str = "") -> tuple[Any, str]:
         """Checks pictures (and text files with their captions) and adds them to a set, a new one if none is named; gives the set's id."""
         try:
@@ -130,7 +139,7 @@ def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any], refresh: di
     chosen = parts.folder.input(on_folder, parts.folder, shown, api_name="train_folder", **QUIET)
     cleared = parts.clear.click(on_clear, outputs=[parts.key, parts.folder, parts.status], **PRIVATE)
     for one in (dropped, chosen, cleared):
-        one.then(**look).then(**refresh)
+        refresh(one.then(**look))
     listeners: list[Any] = [parts.trigger.blur, parts.kind.input, parts.base.input, parts.changes.change]
     for listen in listeners:
         listen(**look)
@@ -138,26 +147,26 @@ def _wire_pictures(roots: Roots, parts: Parts, look: dict[str, Any], refresh: di
     parts.key.change(lambda key: gr.update(visible=bool(key)), parts.key, parts.clear, queue=False, **PRIVATE)
 
 
-def _wire_settings(roots: Roots, parts: Parts) -> dict[str, Any]:
+def _wire_settings(roots: Roots, parts: Parts) -> Refresh:
     """The form and the text of all settings follow each other.
 
     Returns:
-        What `.then` takes to write the text anew.
+        What writes the text anew after an event.
     """
     form = [parts.name, parts.trigger, parts.kind, parts.base]
 
     def on_settings(
         request: gr.Request, set_id: str = "", name: str = "", trigger: str = "", kind: str = "style", base: str = "mini",
         changes: str = "", text: str = "", shown: str = "",
-    ) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Gives all settings of a run as TOML, with the reasons for those that follow from others."""
         try:
             told = settings.form_of(name, trigger, kind, base)
             _, changed = settings.absorbed(text, shown, told, settings.changes_of(changes))
             found = settings.text_of(roots, told, changed, actions.folder_of(roots, set_id))
         except UserError as problem:
-            return gr.skip(), gr.skip(), gr.skip(), message(str(problem), kind="bad")
-        return found, found, settings.changes_text(changed), gr.skip()
+            return gr.skip(), gr.skip(), message(str(problem), kind="bad")
+        return found, settings.changes_text(changed), gr.skip()
 
     def on_text(
         request: gr.Request, text: str, shown: str = "", set_id: str = "", name: str = "", trigger: str = "", kind: str = "style",
@@ -175,38 +184,62 @@ def _wire_settings(roots: Roots, parts: Parts) -> dict[str, Any]:
         return told.name, told.trigger, told.kind, told.base, settings.changes_text(changed), text, said_now
 
     everything = [parts.key, *form, parts.changes, parts.text, parts.shown]
-    outputs = [parts.text, parts.shown, parts.changes, parts.status]
-    refresh: dict[str, Any] = {"fn": on_settings, "inputs": everything, "outputs": outputs, **PRIVATE}
-    parts.text.blur(
+    outputs = [parts.fresh, parts.changes, parts.status]
+
+    def written(event: gr.events.Dependency) -> None:
+        event.then(None, [parts.fresh, parts.text, parts.shown], [parts.text, parts.shown], js=UNLESS_EDITED, **PRIVATE)
+
+    def refresh(after: gr.events.Dependency) -> None:
+        written(after.then(on_settings, everything, outputs, **PRIVATE))
+
+    read = parts.text.blur(
         on_text, [parts.text, parts.shown, parts.key, *form, parts.changes], [*form, parts.changes, parts.shown, parts.status],
         api_name="train_settings_read", **QUIET,
-    ).then(**refresh)  # fmt: skip
-    parts.kind.input(on_settings, everything, outputs, api_name="train_settings", **QUIET)
+    )  # fmt: skip
+    refresh(read)
+    written(parts.kind.input(on_settings, everything, outputs, api_name="train_settings", **QUIET))
     for field in (parts.name, parts.trigger):  # a complaint about a field goes when the field is mended
         field.input(_mended, parts.status, parts.status, queue=False, **PRIVATE)
-    for one in (parts.name.blur, parts.trigger.blur, parts.base.input, parts.key.change):
-        one(**refresh)
+    for listen in (parts.name.blur, parts.trigger.blur, parts.base.input, parts.key.change):
+        written(listen(on_settings, everything, outputs, **PRIVATE))
     return refresh
 
 
-def _wire_forecast(roots: Roots, parts: Parts) -> None:
-    form = [parts.name, parts.trigger, parts.kind, parts.base]
+def _wire_forecast(roots: Roots, parts: Parts, demo: gr.Blocks, is_free: Callable[[], bool]) -> Callable[[gr.Request], None]:
+    """What a run will take stands there without being asked for: counted at once, and the time as soon as a trial has measured it.
 
-    def forecast(
-        request: gr.Request, measure: bool, set_id: Any, name: Any, trigger: Any, kind: Any, base: Any, changes: Any
-    ) -> Iterator[str]:
-        language = words.language_of(request.headers)
+    Returns:
+        Ends a session's trial, since what it has the device for begins.
+    """
+    form = [parts.name, parts.trigger, parts.kind, parts.base]
+    newest: dict[str, object] = {}  # each session's last question; a trial for one before it ends
+    trying = threading.Lock()  # two trials at once would measure each other
+
+    def leave(request: gr.Request) -> None:
+        newest.pop(str(request.session_hash), None)
+
+    def forecast(request: gr.Request, measure: bool, set_id: str, *told: str) -> Iterator[str]:
+        language, session, mine = words.language_of(request.headers), str(request.session_hash), object()
+        newest[session] = mine
+        if not set_id:
+            yield ""
+            return
+
+        def wanted() -> bool:
+            return newest.get(session) is mine
+
         try:
-            if not set_id:
-                yield ""
-                return
-            told, changed = settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
-            for one in actions.forecast(roots, set_id, told, changed, language, measure=measure):
-                if isinstance(one, str):
-                    yield one
-                else:
-                    say = words.say("train.measuring", language, done=one[0], total=one[1])
-                    yield message(say, kind="busy", share=one[0] / max(1, one[1]))
+            asked = roots, set_id, settings.form_of(*told[:-1]), settings.changes_of(told[-1]), language
+            counted = actions.counted(*asked)
+            if wanted():
+                yield counted
+            while measure and wanted():
+                if trying.acquire(timeout=0.2):
+                    try:
+                        yield from _measured(actions.measured(*asked, wanted), counted, language)
+                    finally:
+                        trying.release()
+                    return
         except UserError as problem:
             yield message(str(problem), kind="bad")
 
@@ -222,19 +255,28 @@ def _wire_forecast(roots: Roots, parts: Parts) -> None:
         """Tries a few steps and says what a run will take: time, memory, disk."""
         yield from forecast(request, True, set_id, name, trigger, kind, base, changes)
 
-    inputs = [parts.key, *form, parts.changes]
-    counting: dict[str, Any] = {
-        "inputs": inputs,
-        "outputs": parts.forecast,
-        "concurrency_id": "train-count",
-        "concurrency_limit": 1,
-        **QUIET,
-    }
-    parts.changes.change(on_forecast, api_visibility="private", **counting)
-    parts.key.change(on_forecast, api_name="train_forecast", **counting)
-    for one in (parts.kind.input, parts.base.input):
-        one(on_forecast, api_visibility="private", **counting)
-    parts.measure.click(on_measure, api_name="train_measure", **counting)
+    def on_change(
+        request: gr.Request, set_id: str, name: str = "", trigger: str = "", kind: str = "style", base: str = "mini", changes: str = ""
+    ) -> Iterator[str]:
+        yield from forecast(request, is_free(), set_id, name, trigger, kind, base, changes)
+
+    told: dict[str, Any] = {"inputs": [parts.key, *form, parts.changes], "outputs": parts.forecast, "concurrency_limit": None, **QUIET}
+    changing = [parts.key.change, parts.changes.change, parts.kind.input, parts.base.input]
+    gr.on(changing, on_change, trigger_mode="multiple", api_visibility="private", **told)
+    parts.measure.click(on_measure, trigger_mode="multiple", api_name="train_measure", **told)
+    api(on_forecast, api_name="train_forecast")
+    demo.unload(leave)
+    return leave
+
+
+def _measured(work: Iterator[tuple[int, int] | str], counted: str, language: str) -> Iterator[str]:
+    """How far a trial is, below what was counted, and at the end what it has measured."""
+    for one in work:
+        if isinstance(one, str):
+            yield one
+        else:
+            say = words.say("train.measuring", language, done=one[0], total=one[1])
+            yield counted + message(say, kind="busy", share=one[0] / max(1, one[1]))
 
 
 def _mended(status: str) -> Any:

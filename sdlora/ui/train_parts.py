@@ -33,6 +33,7 @@ class Parts:
     status: gr.HTML
     text: gr.Code
     shown: gr.Textbox
+    fresh: gr.Textbox
     changes: gr.Textbox
     key: gr.Textbox
     token: gr.Textbox
@@ -62,7 +63,7 @@ def layout(roots: Roots, jobs: Jobs, *, base: str = "mini") -> Parts:
                 )  # fmt: skip
         with gr.Column(scale=6, min_width=320):
             made["captions"] = captions_page.layout(roots)
-    for one in ("shown", "changes", "key", "token"):
+    for one in ("shown", "fresh", "changes", "key", "token"):
         made[one] = gr.Textbox("", label=one, visible="hidden", elem_id=f"train-{one}")
     made["watch"] = watch_page.layout(roots, jobs)
     return Parts(**made)

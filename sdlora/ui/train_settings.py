@@ -62,9 +62,9 @@ def run_of(roots: Roots, form: Form, changes: Flat, folder: Path, *, named: bool
     Raises:
         UserError: if a word is missing or a setting is not allowed.
     """
+    name = jobs.checked_name(form.name) if named or form.name else "unnamed"
     if named and not form.trigger:
         raise UserError("The trigger word is empty; give a word that the base does not know, such as zup, which will call the LoRA.")
-    name = jobs.checked_name(form.name) if named or form.name else "unnamed"
     values: dict[str, Any] = {}
     for key, value in changes.items():
         _put(values, key, value)

@@ -14,8 +14,8 @@ import secrets
 import shutil
 import time
 import unicodedata
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdlora import captions, files, images
@@ -219,6 +219,18 @@ def write_caption(picture: Path, text: object) -> None:
         files.write(picture.with_suffix(".txt"), words.encode())
     elif old:
         old.unlink(missing_ok=True)
+
+
+@contextmanager
+def hidden(folder: Path) -> Iterator[None]:
+    """While it lasts a refusal says nothing of where a set lies, which nobody has chosen and nobody could find."""
+    try:
+        yield
+    except UserError as problem:
+        said = str(problem)
+        for place in (str(folder.resolve()), str(folder)):
+            said = said.replace(f"{place}{os.sep}", "").replace(f"'{place}'", "The set").replace(place, "The set")
+        raise UserError(said.replace(folder.name, "The set")) from problem
 
 
 def shown(path: Path) -> str:

@@ -137,9 +137,11 @@ def buttons(job: Job) -> tuple[str, ...]:
     """Which buttons make sense for a training as it is."""
     offered = {
         "waiting": ("stop",), "starting": ("stop",), "running": ("pause", "stop", "save", "sample"), "paused": ("resume", "stop"),
-        "done": ("report", "use"),
+        "done": ("use", "report"),
     }  # fmt: skip
     found = offered.get(job.state, ("go_on", "use"))
+    if job.state not in offered or job.state == "done":
+        found += ("put_away",) if job.added_s else ()  # one of a shell is on no list of ours
     return tuple(one for one in found if one != "report" or (job.folder / "report.html").is_file())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def press(roots: Roots, line: Jobs, key: str, request: str, owner: str, confirme
     return message(watch_actions.clean(words.say(f"watch.asked_{told}", language, name=job.folder.name)), kind="good"), ""
 
 
+def put_away(roots: Roots, line: Jobs, key: str, language: str) -> str:
+    """Takes a training that has ended off the list; the status line.
+
+    Raises:
+        UserError: if there is no such training, or it has not ended.
+    """
+    folder = watch_actions.job_of(roots, line, key).folder
+    jobs.put_away(line, folder)
+    return message(watch_actions.clean(words.say("watch.put_away_done", language, name=folder.name)), kind="good")
+
+
 def report_of(roots: Roots, line: Jobs, key: str) -> Path:
     """The report of a training that has come to its end.
 
@@ -52,6 +64,12 @@ def report_of(roots: Roots, line: Jobs, key: str) -> Path:
     if not path.is_file() or not path.resolve().is_relative_to(roots.runs.resolve()):
         raise UserError("There is no report of this training; it is written at the end, unless report = false.")
     return path
+
+
+def paper(report: Path, title: str) -> str:
+    """A report inside the page, in a frame in which nothing runs and from which nothing of the page is reached."""
+    told = report.read_text(encoding="utf-8", errors="replace")
+    return f'<iframe class="watch-paper" sandbox title="{html.escape(title)}" srcdoc="{html.escape(told)}"></iframe>'
 
 
 def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:

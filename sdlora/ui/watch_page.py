@@ -26,7 +26,7 @@ from sdlora.ui.roots import Roots
 POLL_S = 1.5
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
-BUTTONS = (*watch_buttons.REQUESTS, "use", "report")
+BUTTONS = (*watch_buttons.REQUESTS, "use", "report", "put_away")
 CSS = """
 #watch-title p { font-size: 1.3rem; font-weight: 700; margin: 18px 0 0; color: var(--body-text-color); }
 #watch-head, #watch-curves, #watch-pictures, #watch-status, :is(#watch-head, #watch-curves, #watch-pictures, #watch-status) > * {
@@ -46,6 +46,9 @@ CSS = """
 .watch-facts dd { margin: 0; font-size: 1.02rem; font-variant-numeric: tabular-nums; color: var(--body-text-color); }
 .watch-head .watch-alarm, .watch-verdict .watch-alarm { box-shadow: inset 3px 0 0 #d97706; padding: 4px 10px; }
 .watch-verdict { border: 1px solid #16a34a; border-radius: 10px; padding: 12px 16px; margin: 10px 0 0; color: var(--body-text-color); }
+.watch-paper { width: 100%; height: 85vh; margin: 10px 0; border-radius: 10px; background: #fff; }
+.watch-paper { border: 1px solid var(--border-color-primary); }
+#watch-paper, #watch-paper > * { padding: 0 !important; }
 .watch-line { margin: 8px 2px 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .watch-curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .watch-curves figure { max-width: 640px; }
@@ -88,6 +91,8 @@ class Parts:
     go_on: gr.Button
     use: gr.Button
     report: gr.Button
+    put_away: gr.Button
+    paper: gr.HTML
 
 
 def layout(roots: Roots, jobs: Jobs) -> Parts:
@@ -105,8 +110,9 @@ def layout(roots: Roots, jobs: Jobs) -> Parts:
             made[one] = gr.Button(
                 words.label(f"watch.{one}"), variant=looks.get(one, "secondary"), visible=False, min_width=110, elem_id=f"watch-{one}"
             )
-        made["file"] = gr.DownloadButton(words.label("watch.report"), visible="hidden", elem_id="watch-file")
+        made["file"] = gr.DownloadButton(words.label("watch.download"), visible=False, min_width=110, elem_id="watch-file")
     made["status"] = gr.HTML(elem_id="watch-status", padding=False)
+    made["paper"] = gr.HTML(elem_id="watch-paper", padding=False)
     made["pictures"] = gr.HTML(elem_id="watch-pictures", padding=False)
     made["curves"] = gr.HTML(elem_id="watch-curves", padding=False)
     made["setting"] = gr.JSON(visible="hidden", label="setting", elem_id="watch-setting")
@@ -182,30 +188,40 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             return None, message(actions.clean(str(problem)), kind="bad")
         return setting, message(words.say("watch.used", words.language_of(request.headers)), kind="good")
 
-    def on_report(request: gr.Request, job: str) -> tuple[Any, str]:
-        """Gives the report of a training that has come to its end, as a file."""
+    def on_report(request: gr.Request, job: str) -> tuple[Any, str, str]:
+        """Gives the report of a training that has come to its end, as a file, and as what the page shows."""
         try:
             path = watch_buttons.report_of(roots, jobs, job)
         except UserError as problem:
-            return gr.skip(), message(actions.clean(str(problem)), kind="bad")
+            return gr.skip(), message(actions.clean(str(problem)), kind="bad"), ""
         copy = Path(tempfile.mkdtemp(prefix="sdlora-report-")) / f"{path.parent.name}-report.html"
         shutil.copyfile(path, copy)  # from where it may be served; the run folder may not
-        return str(copy), message(words.say("watch.reported", words.language_of(request.headers)), kind="good")
+        language = words.language_of(request.headers)
+        paper = watch_buttons.paper(path, words.say("watch.report", language))
+        return gr.update(value=str(copy), visible=True), message(words.say("watch.reported", language), kind="good"), paper
+
+    def on_put_away(request: gr.Request, job: str) -> tuple[str, Any]:
+        """Takes a training that has ended off the list, by its id; its files stay."""
+        try:
+            return watch_buttons.put_away(roots, jobs, job, words.language_of(request.headers)), None
+        except UserError as problem:
+            return message(actions.clean(str(problem)), kind="bad"), gr.skip()
 
     look: dict[str, Any] = {"fn": on_watch, "inputs": [parts.job, parts.seen], "outputs": shown}
     parts.timer.tick(**look, trigger_mode="once", queue=False, **PRIVATE)
     parts.job.input(**look, queue=False, **PRIVATE)
     api(on_jobs, api_name="watch_jobs")
     api(on_job, api_name="watch_job")
-    for one in watch_buttons.REQUESTS:
-        pressed = getattr(parts, one).click(
-            press(one), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{one}", **QUIET
+    for name in watch_buttons.REQUESTS:
+        pressed = getattr(parts, name).click(
+            press(name), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{name}", **QUIET
         )  # fmt: skip
         pressed.then(**look, queue=False, **PRIVATE)
-    reported = parts.report.click(on_report, parts.job, [parts.file, parts.status], api_name="watch_report", **QUIET)
-    reported.then(
-        None, js="() => { const one = document.querySelector('#watch-file'); setTimeout(() => one && one.click(), 400); }", **PRIVATE
-    )
+    parts.report.click(on_report, parts.job, [parts.file, parts.status, parts.paper], api_name="watch_report", **QUIET)
+    away = parts.put_away.click(on_put_away, parts.job, [parts.status, parts.job], queue=False, api_name="watch_put_away", **QUIET)
+    away.then(**look, queue=False, **PRIVATE)
+    for one in (parts.job.input, parts.put_away.click):  # the report is of the training that was shown
+        one(lambda: ("", gr.update(visible=False)), outputs=[parts.paper, parts.file], queue=False, **PRIVATE)
     demo.load(**look, queue=False, **PRIVATE)
     used = parts.use.click(on_use, parts.job, [parts.setting, parts.status], api_name="watch_use", **QUIET)
     return on_watch, shown, used
