@@ -24,6 +24,7 @@ from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
 
 PROMPTS = "a red star on a blue background\na big teal cat on an orange background"
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 CSS = """
 #compare-welcome .welcome { text-align: center; }
@@ -168,6 +169,41 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
     Returns:
         The event of "Use this one": with `.then` and `parts.setting`, see `compare_cells.setting_of`, Generate takes it over.
     """
+    _listing(roots, parts, demo)
+    _drawing(roots, studio, parts)
+    return _choosing(roots, parts)
+
+
+def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
+    def on_refresh(request: gr.Request) -> tuple[Any, Any, Any, str]:
+        """Looks again which LoRA files, runs and bases there are."""
+        found, language = lora_shelf.choices_of(roots), words.language_of(request.headers)
+        said = message(words.say("compare.found", language, count=len(found)))
+        return gr.update(choices=found), gr.update(choices=lora_shelf.runs_of(roots)), gr.update(choices=lora_shelf.bases_of(roots)), said
+
+    def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
+        """Chooses all checkpoints of a run."""
+        language = words.language_of(request.headers)
+        try:
+            name, keys = cells.checkpoints_of(roots, key)
+        except UserError as problem:
+            return gr.update(), message(str(problem), kind="bad")
+        if not keys:
+            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad")
+        said = words.say("compare.checkpoints", language, count=len(keys), run=name)
+        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said)
+
+    def on_load(request: gr.Request) -> tuple[Any, ...]:
+        *updates, said = on_refresh(request)
+        return (*updates, said, _welcome(words.language_of(request.headers)))
+
+    lists = [parts.loras, parts.run, parts.base, parts.status]
+    parts.refresh.click(on_refresh, outputs=lists, api_name="compare_refresh", **QUIET)
+    parts.run.input(on_run, parts.run, [parts.loras, parts.status], api_name="compare_checkpoints", **QUIET)
+    demo.load(on_load, outputs=[*lists, parts.welcome], api_visibility="private", **QUIET)
+
+
+def _drawing(roots: Roots, studio: Studio, parts: Parts) -> None:
     desk = Desk()
     inputs = [
         parts.base, parts.loras, parts.strengths, parts.prompts, parts.rows, parts.negative, parts.seed, parts.steps, parts.guidance,
@@ -189,23 +225,23 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
         found = side_work.stop(desk, str(request.session_hash))
         return message(words.say("compare.stopping" if found else "compare.nothing_runs", language))
 
-    def on_refresh(request: gr.Request) -> tuple[Any, Any, Any, str]:
-        """Looks again which LoRA files, runs and bases there are."""
-        found, language = lora_shelf.choices_of(roots), words.language_of(request.headers)
-        said = message(words.say("compare.found", language, count=len(found)))
-        return gr.update(choices=found), gr.update(choices=lora_shelf.runs_of(roots)), gr.update(choices=lora_shelf.bases_of(roots)), said
+    parts.go.click(on_draw, inputs, list(changing.values()), api_name="compare_draw", **GPU, **QUIET)
+    parts.stop.click(on_stop, outputs=parts.status, queue=False, api_name="compare_stop", **QUIET)
 
-    def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
-        """Chooses all checkpoints of a run."""
-        language = words.language_of(request.headers)
+
+def _choosing(roots: Roots, parts: Parts) -> gr.events.Dependency:
+    def on_pick(shown: cells.Shown | None, event: gr.SelectData) -> Any:
+        match getattr(event, "index", None):  # a direct post may come without, or with anything
+            case [int() | float() as x, int() | float() as y]:
+                return cells.cell_at(shown, x, y) or gr.update()
+        return gr.update()
+
+    def on_best(shown: cells.Shown | None, key: str, request: gr.Request) -> str:
+        """Keeps a cell's checkpoint and strength as the best of its run."""
         try:
-            name, keys = cells.checkpoints_of(roots, key)
+            return message(cells.mark_best(roots, shown, key, words.language_of(request.headers)), kind="good")
         except UserError as problem:
-            return gr.update(), message(str(problem), kind="bad")
-        if not keys:
-            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad")
-        said = words.say("compare.checkpoints", language, count=len(keys), run=name)
-        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said)
+            return message(str(problem), kind="bad")
 
     def on_use(shown: cells.Shown | None, key: str, request: gr.Request) -> tuple[Any, str]:
         """Gives the setting of a cell of this browser's sheet: base, LoRA id, strength, prompt, seed and the rest."""
@@ -216,31 +252,6 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
         said = f"{setting['prompt']}, seed {setting['seed']}"
         return setting, message(words.say("compare.used", words.language_of(request.headers), setting=said), kind="good")
 
-    def on_best(shown: cells.Shown | None, key: str, request: gr.Request) -> str:
-        """Keeps a cell's checkpoint and strength as the best of its run."""
-        try:
-            return message(cells.mark_best(roots, shown, key, words.language_of(request.headers)), kind="good")
-        except UserError as problem:
-            return message(str(problem), kind="bad")
-
-    def on_pick(shown: cells.Shown | None, event: gr.SelectData) -> Any:
-        match getattr(event, "index", None):  # a direct post may come without, or with anything
-            case [int() | float() as x, int() | float() as y]:
-                return cells.cell_at(shown, x, y) or gr.update()
-        return gr.update()
-
-    def on_load(request: gr.Request) -> tuple[Any, ...]:
-        *updates, said = on_refresh(request)
-        return (*updates, said, _welcome(words.language_of(request.headers)))
-
-    parts.go.click(on_draw, inputs, list(changing.values()), show_progress="hidden", api_name="compare_draw", **GPU)
-    parts.stop.click(on_stop, outputs=parts.status, queue=False, show_progress="hidden", api_name="compare_stop")
-    lists = [parts.loras, parts.run, parts.base, parts.status]
-    parts.refresh.click(on_refresh, outputs=lists, show_progress="hidden", api_name="compare_refresh")
-    parts.run.input(on_run, parts.run, [parts.loras, parts.status], show_progress="hidden", api_name="compare_checkpoints")
-    parts.best.click(on_best, [parts.shown, parts.cell], parts.status, show_progress="hidden", api_name="compare_best")
-    parts.sheet.select(on_pick, parts.shown, parts.cell, show_progress="hidden", api_visibility="private")
-    demo.load(on_load, outputs=[*lists, parts.welcome], show_progress="hidden", api_visibility="private")
-    return parts.use.click(
-        on_use, [parts.shown, parts.cell], [parts.setting, parts.status], show_progress="hidden", api_name="compare_use"
-    )  # fmt: skip
+    parts.sheet.select(on_pick, parts.shown, parts.cell, api_visibility="private", **QUIET)
+    parts.best.click(on_best, [parts.shown, parts.cell], parts.status, api_name="compare_best", **QUIET)
+    return parts.use.click(on_use, [parts.shown, parts.cell], [parts.setting, parts.status], api_name="compare_use", **QUIET)
