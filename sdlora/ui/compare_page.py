@@ -17,13 +17,13 @@ from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.ui import compare_actions as actions
 from sdlora.ui import compare_cells as cells
-from sdlora.ui import lora_shelf, side_work, words
+from sdlora.ui import compare_prompts, lora_shelf, side_work, words
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
 from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
 
-PROMPTS = "a red star on a blue background\na big teal cat on an orange background"
+PROMPTS = "\n".join(compare_prompts.PLAIN)
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 CSS = """
@@ -66,6 +66,8 @@ class Parts:
     file: gr.DownloadButton
     setting: gr.JSON
     shown: gr.State
+    put: gr.Textbox
+    proposed: gr.Textbox
 
 
 def layout(roots: Roots, studio: Studio, *, base: str = "mini") -> Parts:
@@ -105,6 +107,8 @@ def _choices(roots: Roots) -> dict[str, Any]:
         PROMPTS, label=words.label("compare.prompts"), info=words.label("compare.prompts_info"), lines=3, max_lines=12,
         elem_id="compare-prompts",
     )  # fmt: skip
+    for name in ("put", "proposed"):  # what the page itself has put into the prompts, and what it would put there now
+        made[name] = gr.Textbox(PROMPTS, label=name, visible="hidden", elem_id=f"compare-{name}")
     made["rows"] = gr.Radio(
         [(words.label(f"compare.row_{name}"), name) for name in sheets.AXES], value="prompt", label=words.label("compare.rows"),
         info=words.label("compare.rows_info"), elem_id="compare-rows",
@@ -170,6 +174,7 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
         The event of "Use this one": with `.then` and `parts.setting`, see `compare_cells.setting_of`, Generate takes it over.
     """
     _listing(roots, parts, demo)
+    _proposing(roots, parts)
     _drawing(roots, studio, parts)
     return _choosing(roots, parts)
 
@@ -201,6 +206,16 @@ def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
     parts.refresh.click(on_refresh, outputs=lists, api_name="compare_refresh", **QUIET)
     parts.run.input(on_run, parts.run, [parts.loras, parts.status], api_name="compare_checkpoints", **QUIET)
     demo.load(on_load, outputs=[*lists, parts.welcome], api_visibility="private", **QUIET)
+
+
+def _proposing(roots: Roots, parts: Parts) -> None:
+    def on_loras(keys: list[str] | None) -> str:
+        """Proposes prompts for LoRAs: what their runs have drawn, or the trigger word with something plain."""
+        return compare_prompts.proposed(roots, keys)
+
+    found = parts.loras.change(on_loras, parts.loras, parts.proposed, api_name="compare_prompts", trigger_mode="always_last", **QUIET)
+    kept = [parts.prompts, parts.put]
+    found.then(None, [*kept, parts.proposed], kept, js=compare_prompts.KEEP_JS, api_visibility="private", **QUIET)
 
 
 def _drawing(roots: Roots, studio: Studio, parts: Parts) -> None:
