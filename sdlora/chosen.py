@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdlora import files, runs
+from sdlora import files, run_folder, runs
 from sdlora.errors import UserError
+from sdlora.runs import Best, Run
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,19 @@ def read(folder: Path) -> Chosen | None:
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     return found if found.step >= 1 and 0 < abs(found.strength) <= 2 else None
+
+
+def marked(run: Run) -> Best | None:
+    """The checkpoint that a person has marked, or the result if they marked the last step; None if its file is gone."""
+    told = read(run.folder)
+    if told is None:
+        return None
+    result = run_folder.result_path(run.folder, run.name)
+    ended = {run.steps: result} if result.parent == run.folder and result.is_file() else {}  # a name is a stranger's word
+    path = (ended | run_folder.checkpoints(run.folder, run.name)).get(told.step)
+    return Best(told.step, told.strength, "marked by a person", path=path) if path else None
+
+
+def best(run: Run) -> Best | None:
+    """What is offered of a run: what a person has marked goes before what the run recommends of itself."""
+    return marked(run) or run.best

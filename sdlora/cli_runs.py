@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sdlora.comparison import Outcome
     from sdlora.config import Config
     from sdlora.many import Job
-    from sdlora.runs import Run
+    from sdlora.runs import Best, Run
 
 several = typer.Typer()
 WIDE = 200  # characters of a table that goes into a file or a pipe, where nothing is to be broken
@@ -35,20 +35,22 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="the folder of runs")] = RUNS,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """Lists runs: state, steps, the checkpoint that each recommends, size."""
+    """Lists runs: state, steps, the checkpoint that you have marked or that each recommends, size."""
+    from sdlora import chosen
     from sdlora import runs as room
 
     if not folder.is_dir() and folder != RUNS:
         raise UserError(f"Folder {folder} does not exist; give the folder that holds the runs.")
     found = room.find(folder)
     if as_json:
-        print(json.dumps([asdict(run) for run in found], indent=2, ensure_ascii=False, default=str))
+        told = [asdict(replace(run, best=chosen.best(run))) | {"recommended": run.best and asdict(run.best)} for run in found]
+        print(json.dumps(told, indent=2, ensure_ascii=False, default=str))
         return
     if not found:
         console.print(f"No runs in {folder}; sdlora train CONFIG begins one.", soft_wrap=True)
         return
     heads = ["run", "state", "step", "best", "size", "base", "kind", "trigger", "last sign"]
-    show(heads, [_row(run) for run in found])
+    show(heads, [_row(run, chosen.marked(run)) for run in found])
     for run in found:
         if run.trouble:
             console.print(f"{run.folder}: {run.trouble}", highlight=False, soft_wrap=True)
@@ -210,8 +212,9 @@ def _show_jobs(jobs: Sequence[Job], folder: Path) -> None:
     console.print(f"{len(jobs)} runs, {sum(job.config.steps for job in jobs):,} steps in all", highlight=False)
 
 
-def _row(run: Run) -> list[str]:
-    best = f"{run.best.step} at {run.best.strength:g}" if run.best else ""
+def _row(run: Run, marked: Best | None) -> list[str]:
+    shown = marked or run.best
+    best = f"{shown.step} at {shown.strength:g}{' (marked)' if marked else ''}" if shown else ""
     when = time.strftime("%F %H:%M", time.localtime(run.when_s)) if run.when_s else ""
     state = f"{run.state} (!)" if run.trouble else run.state
     return [

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from sdlora import generate
+from sdlora import fonts, generate
 from sdlora.base_model import Base
+from sdlora.fonts import Font
 from sdlora.generate import LoRA, Request
 
 CELL_PX = 160  # smaller pictures are enlarged to at least this
@@ -22,7 +23,6 @@ LABEL_PX = 150
 LONGEST = 200  # characters of a line that are looked at
 HEAD_PX, GROUP_PX, TITLE_PX = 48, 26, 30
 PAPER, INK, FAINT, EMPTY = (250, 249, 246), (40, 38, 44), (120, 116, 126), (236, 234, 229)
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,17 @@ def arrange(
     """
     size = size_px or next(image.size for row in cells for image in row if image)
     grid = frame(size, len(rows), len(across), groups=any(groups), title=bool(title))
-    font = ImageFont.load_default(15)
+    plain = fonts.plain(15)
     sheet = Image.new("RGB", grid.corner(len(rows), len(across)), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
-        pen.text((GAP_PX + 2, TITLE_PX / 2 + 2), _fitting(title, sheet.width - 2 * GAP_PX, font), FAINT, font, "lm")
-    _draw_heads(pen, grid, across, groups, font)
+        words, font = fonts.written(title, plain)
+        pen.text((GAP_PX + 2, TITLE_PX / 2 + 2), _fitting(words, sheet.width - 2 * GAP_PX, font), FAINT, font, "lm")
+    _draw_heads(pen, grid, across, groups, plain)
     for row, (label, images) in enumerate(zip(rows, cells, strict=True)):
         middle = grid.corner(row, 0)[1] + grid.height / 2
-        pen.multiline_text((LABEL_PX - 8, middle), _wrapped(label, LABEL_PX - 16, font), INK, font, "rm", align="right")
+        words, font = fonts.written(label, plain)
+        pen.multiline_text((LABEL_PX - 8, middle), _wrapped(words, LABEL_PX - 16, font), INK, font, "rm", align="right")
         for column, image in enumerate(images):
             left, top = grid.corner(row, column)
             if image:
@@ -123,10 +125,11 @@ def arrange(
     return sheet
 
 
-def _draw_heads(pen: ImageDraw.ImageDraw, grid: Frame, across: Sequence[str], groups: Sequence[str], font: Font) -> None:
+def _draw_heads(pen: ImageDraw.ImageDraw, grid: Frame, across: Sequence[str], groups: Sequence[str], plain: Font) -> None:
     """The columns' labels, and a line under the columns of one group with the group's word above it."""
     for column, label in enumerate(across):
-        first, _, second = _fitting(label, grid.width, font).partition("\n")
+        words, font = fonts.written(label, plain)
+        first, _, second = _fitting(words, grid.width, font).partition("\n")
         centre = grid.corner(0, column)[0] + grid.width / 2
         pen.text((centre, grid.top - (33 if second else 24)), first, INK, font, "mm")
         pen.text((centre, grid.top - 15), second, FAINT, font, "mm")
@@ -138,7 +141,8 @@ def _draw_heads(pen: ImageDraw.ImageDraw, grid: Frame, across: Sequence[str], gr
             left, right = grid.corner(0, begin)[0], grid.corner(0, column - 1)[0] + grid.width
             line = grid.top - HEAD_PX + 2
             pen.line((left, line, right - 1, line), FAINT)
-            pen.text(((left + right) / 2, line - GROUP_PX / 2), _fitting(groups[begin], right - left, font), INK, font, "mm")
+            words, font = fonts.written(groups[begin], plain)
+            pen.text(((left + right) / 2, line - GROUP_PX / 2), _fitting(words, right - left, font), INK, font, "mm")
         begin = column
 
 
@@ -165,7 +169,7 @@ def _fitting(label: str, width: float, font: Font) -> str:
 def _wrapped(words: str, width: float, font: Font, *, most_lines: int = 7) -> str:
     """The words in lines of at most a width."""
     lines = [""]
-    for word in words[: LONGEST * most_lines].split():
+    for word in (piece for long in words[: LONGEST * most_lines].split() for piece in _pieces(long, width, font)):
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width or not lines[-1]:
             lines[-1] = joined
@@ -175,3 +179,14 @@ def _wrapped(words: str, width: float, font: Font, *, most_lines: int = 7) -> st
     if len(lines) > most_lines or len(words) > LONGEST * most_lines:
         kept[-1] += " …"
     return _fitting("\n".join(kept), width, font)
+
+
+def _pieces(word: str, width: float, font: Font) -> Iterator[str]:
+    """A word in pieces of at most a width: not every script has spaces."""
+    length = 1
+    while length < len(word):
+        if font.getlength(word[: length + 1]) > width:
+            yield word[:length]
+            word, length = word[length:], 0
+        length += 1
+    yield word

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sdlora import dataset_report, images, picture_findings
+from sdlora import dataset_report, fonts, images, picture_findings
 from sdlora.buckets import cropped_share
 from sdlora.dataset import Finding, Sample
 from sdlora.errors import UserError
+from sdlora.fonts import Font
 from sdlora.views import Item, View
 
 Colour = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Line = tuple[str, Colour, Font]
 
 PICTURE_PX = 220  # longer side of a picture, and width of its cell
 GAP_PX, MARGIN_PX, LINE_PX, HEAD_PX = 20, 28, 17, 76
@@ -40,10 +41,10 @@ FONTS = ("NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial.ttf", "arial.ttf", "He
 
 @dataclass(frozen=True)
 class _Cell:
-    """One picture on the page: itself, then lines of text with their colours."""
+    """One picture on the page: itself, then lines of text with their colours and fonts."""
 
     image: Image.Image
-    lines: tuple[tuple[str, Colour], ...]
+    lines: tuple[Line, ...]
     severity: str | None
 
 
@@ -108,24 +109,29 @@ _WORDS = {"stops": "must be mended", "warns": "with a warning", "notes": "with a
 
 def _cell(path: Path, items: list[Item], caption: str, findings: list[Finding], root: Path) -> _Cell:
     """One picture with its name, its training sizes and repeats, its caption and what was found."""
-    font = _font(_LETTER_PX)
     severity = _worst(findings)
-    lines = [(_fitting(dataset_report.shown(path, root), font), INK)]
+    lines = _lines(dataset_report.shown(path, root), INK)
     if items:
         sizes = ", ".join(f"{one.shape_px[0]} by {one.shape_px[1]}" for one in items)
         repeats = f" · {items[0].repeats} times per epoch" if items[0].repeats > 1 else ""
-        lines.append((_fitting(sizes + repeats, font), FAINT))
-    lines += [(line, INK) for line in _wrapped(caption, font, most=_CAPTION_LINES)]
+        lines += _lines(sizes + repeats, FAINT)
+    lines += _lines(caption, INK, most=_CAPTION_LINES)
     worst_first = sorted(findings, key=lambda one: _rank(one.severity))
     for finding in worst_first[:2]:
-        lines += [(line, COLOURS[finding.severity]) for line in _wrapped(finding.what, font, most=_FINDING_LINES)]
+        lines += _lines(finding.what, COLOURS[finding.severity], most=_FINDING_LINES)
     if len(findings) > 2:
-        lines.append((f"and {len(findings) - 2} more", FAINT))
+        lines += _lines(f"and {len(findings) - 2} more", FAINT)
     try:
         image = _seen(path, items[-1].views if items else ())
     except UserError:
         image = _placeholder()
     return _Cell(image, tuple(lines), severity)
+
+
+def _lines(words: str, colour: Colour, *, most: int = 0) -> list[Line]:
+    """Words in a font that has their letters, in at most so many lines, or cut to one."""
+    written, font = fonts.written(words, _font(_LETTER_PX))
+    return [(line, colour, font) for line in (_wrapped(written, font, most=most) if most else [_fitting(written, font)])]
 
 
 def _seen(path: Path, views: Sequence[View]) -> Image.Image:
@@ -203,8 +209,8 @@ def _put(page: Image.Image, cell: _Cell, left: int, top: int) -> None:
         badge = font.getlength(cell.severity) + 14
         pen.rounded_rectangle((x + 6, y + 6, x + 6 + badge, y + 26), 10, fill=colour)
         pen.text((x + 6 + badge / 2, y + 16), cell.severity, PAPER, font, "mm")
-    for number, (line, colour) in enumerate(cell.lines):
-        pen.text((left, top + PICTURE_PX + 12 + number * LINE_PX), line, colour, font)
+    for number, (line, colour, letters) in enumerate(cell.lines):
+        pen.text((left, top + PICTURE_PX + 12 + number * LINE_PX), line, colour, letters)
 
 
 @lru_cache
@@ -212,7 +218,7 @@ def _font(size_px: int) -> Font:
     for name in FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size_px)
-    return ImageFont.load_default(size_px)
+    return fonts.plain(size_px)
 
 
 def _worst(findings: Iterable[Finding]) -> str | None:

@@ -124,6 +124,18 @@ def pictures(folder: Path) -> list[Drawn]:
     return sorted(found, key=lambda one: (one.step, one.number))
 
 
+def sample_prompts(folder: Path) -> list[str]:
+    """The prompts of a run's samples: those of its config, else what its newest pictures say."""
+    told = _settings(folder)[0].get("sample_prompts")
+    if isinstance(told, list) and (own := [words for words in told if isinstance(words, str) and words.strip()]):
+        return own
+    newest = run_folder.newest_sample(folder)
+    step = newest.name.partition("-")[0] if newest else ""
+    paths = [path for path in (folder / "samples").glob(f"{step}-*.png") if _SAMPLE.fullmatch(path.name)] if step.isdigit() else []
+    said = (prompt_in(path) for path in sorted(paths, key=lambda path: int(path.stem.partition("-")[2])))
+    return [words for words in said if words]
+
+
 def prompt_in(path: Path) -> str | None:
     """The prompt that a picture was drawn from, "" if it does not say; None if it cannot be read as a picture."""
     try:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora import base_files, compare, generate, sheets
+from sdlora import base_files, compare, fonts, generate, sheets
 from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.sheets import Voice
@@ -132,6 +132,15 @@ def test_a_sheet_that_cannot_be_is_one_sentence(changed: dict[str, Any], sentenc
     values = {"prompts": ["a cup"], "voices": VOICES, "strengths": [0.5, 1.0], "rows": "prompt"} | changed
     with pytest.raises(UserError, match=sentence):
         sheets.plan(PLAIN, values["prompts"], values["voices"], values["strengths"], rows=values["rows"])
+
+
+def test_a_label_of_a_script_without_spaces_goes_over_lines_and_none_is_wider_than_its_place() -> None:
+    font = fonts.plain(15)
+    for words in ("x" * 60, "a b " + "long" * 12 + " c", "", "i", "W"):
+        lines = compare._wrapped(words, 100, font).split("\n")
+        assert "".join(lines).replace(" ", "") == words.replace(" ", "")
+        assert all(font.getlength(line) <= 100 for line in lines)
+    assert compare._wrapped("W", 1, font) == "W"
 
 
 def test_every_cell_is_the_picture_that_generate_draws_and_equal_cells_are_drawn_once(

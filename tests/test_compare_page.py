@@ -13,11 +13,11 @@ from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from sdlora import chosen, compare, generate, sheets
+from sdlora import chosen, compare, files, generate, run_folder, sheets
 from sdlora.errors import UserError
 from sdlora.ui import compare_actions as actions
 from sdlora.ui import compare_cells as cells
-from sdlora.ui import compare_page, lora_shelf, side_work
+from sdlora.ui import compare_page, compare_prompts, lora_shelf, side_work
 from sdlora.ui.roots import Roots
 from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
@@ -102,6 +102,31 @@ def test_runs_checkpoints_and_results_are_called_by_run_and_step(roots: Roots) -
     assert cells.voice_of(roots.loras / "calm.safetensors").step is None
     with pytest.raises(UserError, match="That run is not there"):
         cells.checkpoints_of(roots, "../runs/cups")
+
+
+def test_prompts_are_proposed_with_the_trigger_word_or_as_the_run_has_drawn_them(tiny_base: Path, tmp_path: Path) -> None:
+    roots = make_roots(tiny_base, tmp_path)
+    run, keys = roots.runs / "cups", {path.stem: key for key, path in lora_shelf.paths(roots).items()}
+
+    def lines(*names: str) -> list[str]:
+        return compare_prompts.proposed(roots, [keys[name] for name in names]).splitlines()
+
+    red, teal = compare_prompts.PLAIN
+    assert lines() == lines("calm") == lines("torn", "foreign") == [red, teal], "nothing is known of these"
+    assert lines("cups", "cups-000010", "cups-000020") == [f"zup, {red}", f"zup, {teal}"]
+    files.write(roots.loras / "calm.json", b'{"activation text": "kalm,\\n soft"}')
+    assert lines("cups", "calm") == [f"zup, {red}", f"kalm, soft, {red}", f"zup, {teal}", f"kalm, soft, {teal}"], "they take turns"
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("style", "character"))
+    assert lines("cups") == ["zup on a blue background", "zup on an orange background"]
+    for step, number, words in ((10, 0, "old"), (20, 0, "zup, a cup\nof tea"), (20, 1, "zup, a mug")):
+        png = generate.png_bytes(Image.new("RGB", (8, 8)), f"{words}\nSteps: 20, Seed: 1")
+        files.write(run_folder.sample_path(run, step, number), png)
+    assert lines("cups-000010") == ["zup, a cup of tea", "zup, a mug"]
+    (run / "config.toml").write_text(config + f'sample_prompts = ["one", " ", 3, "two", "three", "four", "five", "{"long " * 900}"]\n')
+    assert lines("cups") == ["one", "two", "three", "four"]
+    for odd in (None, "x", [None, 3, "../x", {}], {"a": 1}):
+        assert compare_prompts.proposed(roots, odd) == f"{red}\n{teal}"
 
 
 def test_a_cell_is_a_setting_and_marks_the_runs_best(drawn: list[dict[str, Any]], roots: Roots) -> None:
@@ -283,6 +308,18 @@ def test_in_a_browser_a_sheet_is_drawn_a_picture_is_clicked_and_used(page: gr.Bl
         tab.locator("#compare-run input").click()
         tab.get_by_role("option", name="cups").click()
         expect(tab.locator("#compare-status")).to_contain_text("cups의 체크포인트 3개를 골랐습니다")
+        prompts = tab.locator("#compare-prompts textarea")
+        expect(prompts).to_have_value(re.compile("^zup, a red star"))
+        prompts.fill("a cup\na red star")
+        proposed = tab.locator("#compare-proposed textarea, #compare-proposed input")
+        tab.locator("#compare-loras input").click()
+        tab.get_by_role("option", name="wild").click()
+        expect(proposed).to_have_value(re.compile("\na red star on a blue"))
+        tab.get_by_role("option", name="wild").click()
+        expect(proposed).not_to_have_value(re.compile("\na red star on a blue"))
+        tab.keyboard.press("Escape")
+        tab.keyboard.press("Tab")
+        expect(prompts).to_have_value("a cup\na red star")
         tab.locator("#compare-more button").first.click()
         tab.locator("#compare-base input").click()
         tab.get_by_role("option", name="tiny").click()

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = (
     (
         "ground",
-        "errors devices files progress events processes memory watch mini.shapes",
+        "errors devices files fonts progress events processes memory watch mini.shapes",
     ),
     (
         "pure parts",

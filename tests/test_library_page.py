@@ -62,7 +62,7 @@ def listed(roots: Roots, what: str = "loras", search: str = "", family: str = ""
 
 
 def test_files_of_runs_and_from_elsewhere_are_found_by_words_family_and_order(roots: Roots) -> None:
-    assert listed(roots) == ["calm", "cups", "cups-000010", "cups-000020", "foreign", "torn", "wild"]
+    assert listed(roots) == ["calm", "cups", "foreign", "torn", "wild"]
     assert listed(roots, search="ZUP") == ["cups"], "by its trigger word"
     assert listed(roots, search="cups 20") == ["cups-000020"]
     lora_notes.write(roots.loras / "calm.safetensors", "for rainy days")
@@ -73,6 +73,36 @@ def test_files_of_runs_and_from_elsewhere_are_found_by_words_family_and_order(ro
     for word in ({"what": "all"}, {"family": "sd9"}, {"order": "colour"}):
         with pytest.raises(UserError, match="there are"):
             actions.shelf_of(roots, **({"what": "loras", "search": "", "family": "", "order": "name", "page": 1} | word), language="en")
+
+
+def test_a_run_is_one_card_its_best_in_front_and_the_other_checkpoints_folded_behind_it(roots: Roots) -> None:
+    run = roots.runs / "cups"
+
+    def shown(language: str = "en") -> tuple[str, list[str], str]:
+        html = actions.shelf_of(roots, "loras", "", "", "name", 1, language)[0]
+        (stack,) = [one for one in html.split('<div class="stack">') if "cups" in one]
+        front, _, fold = stack.partition("<details")
+        return front, re.findall(r"<span>(cups[^<]*)</span>", fold), fold
+
+    front, folded, fold = shown()
+    assert (names_on(front), folded) == (["cups"], ["cups-000020", "cups-000010"]), "without a word on it the result, then from the last on"
+    assert "2 more checkpoints" in fold
+    assert "recommended" not in front + fold
+    files.write(run / "verdict.json", b'{"step": 10, "strength": 0.8, "path": "checkpoints/cups-000010.safetensors"}')
+    front, folded, _ = shown()
+    assert (names_on(front), folded) == (["cups-000010"], ["cups", "cups-000020"])
+    assert ">recommended</span>" in front
+    chosen.mark_best(run, 20, 0.5)
+    front, folded, fold = shown("ko")
+    assert (names_on(front), folded) == (["cups-000020"], ["cups-000010", "cups"]), "a person's word goes before the run's"
+    assert ">내가 고른 최고</span>" in front
+    assert ">추천</span>" in fold
+    assert "체크포인트 2개 더" in fold
+    assert key_of(roots, "cups-000010") in fold
+    assert listed(roots, search="cups-000010") == ["cups-000010"], "a search finds what is folded away"
+    assert "recommended" in actions.look(roots, key_of(roots, "cups-000010"), "en")[0]
+    names = [one.shown for one in lora_shelf.fronts_first(lora_shelf.matching(lora_shelf.items(roots), order="name"), 6)]
+    assert names == ["calm", "cups-000020", "foreign", "torn", "wild", "cups-000010"], "what Generate offers first"
 
 
 def test_header_facts_are_those_of_the_file_read_whole(roots: Roots) -> None:
@@ -367,6 +397,9 @@ def test_in_a_browser_a_card_is_clicked_by_mouse_and_by_keyboard(roots: Roots, s
         tab.locator(".card", has_text="wild").focus()
         tab.keyboard.press("Enter")
         expect(tab.locator("#library-detail h3")).to_have_text("wild")
+        tab.locator(".fold summary").click()
+        tab.locator(".leaf", has_text="cups-000010").click()
+        expect(tab.locator("#library-detail h3")).to_have_text("cups-000010")
         tab.locator("#library-search textarea, #library-search input").first.fill("zup")
         expect(tab.locator(".card")).to_have_count(1)
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390

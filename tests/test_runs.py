@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdlora import generate, run_folder, run_lock, runs
+from sdlora import chosen, cli_runs, generate, run_folder, run_lock, runs
 
 CONFIG = 'base = "mini"\nkind = "style"\ntrigger = "vitrail"\nname = "{name}"\nsteps = 6\n'
 STARTED = {"event": "started", "steps": 6, "modules": 3, "time_s": 100.0}
@@ -111,6 +111,34 @@ def test_a_recommended_file_that_is_gone_or_not_the_runs_own_is_not_named(tmp_pa
     best = runs.look(folder).best
     assert best is not None
     assert (best.step, best.path) == (3, None)
+
+
+def test_what_a_person_has_marked_goes_before_the_recommendation_as_long_as_its_file_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(tmp_path / "a", STARTED, *steps(6), {"event": "done"})
+    files = {
+        2: folder / "checkpoints/tiny-000002.safetensors",
+        3: folder / "checkpoints/tiny-000003.safetensors",
+        6: folder / "tiny.safetensors",
+    }
+    for path in files.values():
+        path.write_bytes(b"x")
+    (folder / "verdict.json").write_text(json.dumps({"step": 3, "strength": 0.8, "path": "checkpoints/tiny-000003.safetensors"}))
+    own = runs.look(folder).best
+    assert chosen.best(runs.look(folder)) == own
+    for step in (2, 6):
+        chosen.mark_best(folder, step, 0.5)
+        best = chosen.best(runs.look(folder))
+        assert best is not None
+        assert (best.step, best.strength, best.path) == (step, 0.5, files[step])
+    cli_runs.runs(tmp_path, as_json=True)
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (told["best"]["step"], told["best"]["reason"], told["recommended"]["step"]) == (6, "marked by a person", 3)
+    cli_runs.runs(tmp_path)
+    assert "6 at 0.5 (marked)" in capsys.readouterr().out
+    files[6].unlink()
+    assert chosen.best(runs.look(folder)) == own
 
 
 @pytest.mark.parametrize("prompt", ["a red star", "vitrail, ünïcode: \n Steps: many", "a star\nwith a second line"])

@@ -17,13 +17,14 @@ from sdlora.errors import UserError
 from sdlora.generate import Request
 from sdlora.ui import compare_actions as actions
 from sdlora.ui import compare_cells as cells
-from sdlora.ui import lora_shelf, side_work, words
+from sdlora.ui import compare_prompts, lora_shelf, side_work, words
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
 from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
 
-PROMPTS = "a red star on a blue background\na big teal cat on an orange background"
+PROMPTS = "\n".join(compare_prompts.PLAIN)
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 CSS = """
 #compare-welcome .welcome { text-align: center; }
@@ -65,6 +66,8 @@ class Parts:
     file: gr.DownloadButton
     setting: gr.JSON
     shown: gr.State
+    put: gr.Textbox
+    proposed: gr.Textbox
 
 
 def layout(roots: Roots, studio: Studio, *, base: str = "mini") -> Parts:
@@ -104,6 +107,8 @@ def _choices(roots: Roots) -> dict[str, Any]:
         PROMPTS, label=words.label("compare.prompts"), info=words.label("compare.prompts_info"), lines=3, max_lines=12,
         elem_id="compare-prompts",
     )  # fmt: skip
+    for name in ("put", "proposed"):  # what the page itself has put into the prompts, and what it would put there now
+        made[name] = gr.Textbox(PROMPTS, label=name, visible="hidden", elem_id=f"compare-{name}")
     made["rows"] = gr.Radio(
         [(words.label(f"compare.row_{name}"), name) for name in sheets.AXES], value="prompt", label=words.label("compare.rows"),
         info=words.label("compare.rows_info"), elem_id="compare-rows",
@@ -168,6 +173,52 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
     Returns:
         The event of "Use this one": with `.then` and `parts.setting`, see `compare_cells.setting_of`, Generate takes it over.
     """
+    _listing(roots, parts, demo)
+    _proposing(roots, parts)
+    _drawing(roots, studio, parts)
+    return _choosing(roots, parts)
+
+
+def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
+    def on_refresh(request: gr.Request) -> tuple[Any, Any, Any, str]:
+        """Looks again which LoRA files, runs and bases there are."""
+        found, language = lora_shelf.choices_of(roots), words.language_of(request.headers)
+        said = message(words.say("compare.found", language, count=len(found)))
+        return gr.update(choices=found), gr.update(choices=lora_shelf.runs_of(roots)), gr.update(choices=lora_shelf.bases_of(roots)), said
+
+    def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
+        """Chooses all checkpoints of a run."""
+        language = words.language_of(request.headers)
+        try:
+            name, keys = cells.checkpoints_of(roots, key)
+        except UserError as problem:
+            return gr.update(), message(str(problem), kind="bad")
+        if not keys:
+            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad")
+        said = words.say("compare.checkpoints", language, count=len(keys), run=name)
+        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said)
+
+    def on_load(request: gr.Request) -> tuple[Any, ...]:
+        *updates, said = on_refresh(request)
+        return (*updates, said, _welcome(words.language_of(request.headers)))
+
+    lists = [parts.loras, parts.run, parts.base, parts.status]
+    parts.refresh.click(on_refresh, outputs=lists, api_name="compare_refresh", **QUIET)
+    parts.run.input(on_run, parts.run, [parts.loras, parts.status], api_name="compare_checkpoints", **QUIET)
+    demo.load(on_load, outputs=[*lists, parts.welcome], api_visibility="private", **QUIET)
+
+
+def _proposing(roots: Roots, parts: Parts) -> None:
+    def on_loras(keys: list[str] | None) -> str:
+        """Proposes prompts for LoRAs: what their runs have drawn, or the trigger word with something plain."""
+        return compare_prompts.proposed(roots, keys)
+
+    found = parts.loras.change(on_loras, parts.loras, parts.proposed, api_name="compare_prompts", trigger_mode="always_last", **QUIET)
+    kept = [parts.prompts, parts.put]
+    found.then(None, [*kept, parts.proposed], kept, js=compare_prompts.KEEP_JS, api_visibility="private", **QUIET)
+
+
+def _drawing(roots: Roots, studio: Studio, parts: Parts) -> None:
     desk = Desk()
     inputs = [
         parts.base, parts.loras, parts.strengths, parts.prompts, parts.rows, parts.negative, parts.seed, parts.steps, parts.guidance,
@@ -189,23 +240,23 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
         found = side_work.stop(desk, str(request.session_hash))
         return message(words.say("compare.stopping" if found else "compare.nothing_runs", language))
 
-    def on_refresh(request: gr.Request) -> tuple[Any, Any, Any, str]:
-        """Looks again which LoRA files, runs and bases there are."""
-        found, language = lora_shelf.choices_of(roots), words.language_of(request.headers)
-        said = message(words.say("compare.found", language, count=len(found)))
-        return gr.update(choices=found), gr.update(choices=lora_shelf.runs_of(roots)), gr.update(choices=lora_shelf.bases_of(roots)), said
+    parts.go.click(on_draw, inputs, list(changing.values()), api_name="compare_draw", **GPU, **QUIET)
+    parts.stop.click(on_stop, outputs=parts.status, queue=False, api_name="compare_stop", **QUIET)
 
-    def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
-        """Chooses all checkpoints of a run."""
-        language = words.language_of(request.headers)
+
+def _choosing(roots: Roots, parts: Parts) -> gr.events.Dependency:
+    def on_pick(shown: cells.Shown | None, event: gr.SelectData) -> Any:
+        match getattr(event, "index", None):  # a direct post may come without, or with anything
+            case [int() | float() as x, int() | float() as y]:
+                return cells.cell_at(shown, x, y) or gr.update()
+        return gr.update()
+
+    def on_best(shown: cells.Shown | None, key: str, request: gr.Request) -> str:
+        """Keeps a cell's checkpoint and strength as the best of its run."""
         try:
-            name, keys = cells.checkpoints_of(roots, key)
+            return message(cells.mark_best(roots, shown, key, words.language_of(request.headers)), kind="good")
         except UserError as problem:
-            return gr.update(), message(str(problem), kind="bad")
-        if not keys:
-            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad")
-        said = words.say("compare.checkpoints", language, count=len(keys), run=name)
-        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said)
+            return message(str(problem), kind="bad")
 
     def on_use(shown: cells.Shown | None, key: str, request: gr.Request) -> tuple[Any, str]:
         """Gives the setting of a cell of this browser's sheet: base, LoRA id, strength, prompt, seed and the rest."""
@@ -216,31 +267,6 @@ def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.even
         said = f"{setting['prompt']}, seed {setting['seed']}"
         return setting, message(words.say("compare.used", words.language_of(request.headers), setting=said), kind="good")
 
-    def on_best(shown: cells.Shown | None, key: str, request: gr.Request) -> str:
-        """Keeps a cell's checkpoint and strength as the best of its run."""
-        try:
-            return message(cells.mark_best(roots, shown, key, words.language_of(request.headers)), kind="good")
-        except UserError as problem:
-            return message(str(problem), kind="bad")
-
-    def on_pick(shown: cells.Shown | None, event: gr.SelectData) -> Any:
-        match getattr(event, "index", None):  # a direct post may come without, or with anything
-            case [int() | float() as x, int() | float() as y]:
-                return cells.cell_at(shown, x, y) or gr.update()
-        return gr.update()
-
-    def on_load(request: gr.Request) -> tuple[Any, ...]:
-        *updates, said = on_refresh(request)
-        return (*updates, said, _welcome(words.language_of(request.headers)))
-
-    parts.go.click(on_draw, inputs, list(changing.values()), show_progress="hidden", api_name="compare_draw", **GPU)
-    parts.stop.click(on_stop, outputs=parts.status, queue=False, show_progress="hidden", api_name="compare_stop")
-    lists = [parts.loras, parts.run, parts.base, parts.status]
-    parts.refresh.click(on_refresh, outputs=lists, show_progress="hidden", api_name="compare_refresh")
-    parts.run.input(on_run, parts.run, [parts.loras, parts.status], show_progress="hidden", api_name="compare_checkpoints")
-    parts.best.click(on_best, [parts.shown, parts.cell], parts.status, show_progress="hidden", api_name="compare_best")
-    parts.sheet.select(on_pick, parts.shown, parts.cell, show_progress="hidden", api_visibility="private")
-    demo.load(on_load, outputs=[*lists, parts.welcome], show_progress="hidden", api_visibility="private")
-    return parts.use.click(
-        on_use, [parts.shown, parts.cell], [parts.setting, parts.status], show_progress="hidden", api_name="compare_use"
-    )  # fmt: skip
+    parts.sheet.select(on_pick, parts.shown, parts.cell, api_visibility="private", **QUIET)
+    parts.best.click(on_best, [parts.shown, parts.cell], parts.status, api_name="compare_best", **QUIET)
+    return parts.use.click(on_use, [parts.shown, parts.cell], [parts.setting, parts.status], api_name="compare_use", **QUIET)

@@ -59,10 +59,10 @@ def _pair(told: object) -> tuple[str, str]:
 
 
 def found(studio: Studio, search: str = "", base: str = "mini") -> dict[str, Any]:
-    """The first LoRA files in which every word of a search stands, newest first, and how many there are."""
+    """The first LoRA files in which every word of a search stands, newest first, and how many there are; of each run first its best."""
     matches = lora_shelf.matching(lora_shelf.items(studio.roots), words=str(search)[:200])
     family = _family(studio, base)
-    return {"count": len(matches), "loras": [_facts(one, family) for one in matches[:FOUND]]}
+    return {"count": len(matches), "loras": [_facts(one, family) for one in lora_shelf.fronts_first(matches, FOUND)]}
 
 
 def card(studio: Studio, key: str, base: str = "mini") -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _facts(one: Item, family: str) -> dict[str, Any]:
         "key": one.key, "name": one.shown, "family": lora_shelf.FAMILIES.get(facts.family, "?"), "reason": reason,
         "rank": ", ".join(map(str, facts.ranks)), "strength": facts.strength, "base": facts.base,
         "trigger": [word.strip() for word in facts.trigger.split(",") if word.strip()][:12],
-        "picture": lora_shelf.small_picture(shelf.preview(facts.path)),
+        "picture": lora_shelf.small_picture(shelf.preview(facts.path)), "marks": lora_shelf.marks_of(one),
     }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ summary { cursor: pointer; font-size: 0.8rem; }
 .results { align-items: start; }
 .result .name { flex: none; }
 .result .badge { align-self: start; }
+.badge.good { border-color: #16a34a; }
 .why { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }
 input[type=checkbox] { appearance: auto; width: 18px; height: 18px; margin: 0; background: none; accent-color: var(--primary-600); }
 .result.bad { border-color: #dc2626; }
@@ -163,7 +164,8 @@ const list = async () => {
   count.textContent = told.count + " " + texts.found;
   results.replaceChildren(...told.loras.map((facts) => {
     const made = make("button", "result" + (facts.reason ? " bad" : ""));
-    made.append(shot(facts), make("span", "name", facts.name), badge(facts));
+    const marks = (facts.marks || []).map((one) => make("span", "badge good", texts[one]));
+    made.append(shot(facts), make("span", "name", facts.name), ...marks, badge(facts));
     if (facts.reason) made.append(why(facts.reason));
     made.addEventListener("click", () => {
       known.set(facts.key, facts);

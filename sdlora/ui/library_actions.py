@@ -59,7 +59,7 @@ def clean(text: str) -> str:
 
 
 def shelf_of(roots: Roots, what: str, search: str, family: str, order: str, page: Any, language: str) -> tuple[str, int, int]:
-    """The cards of a page, which page that is, and how many there are.
+    """The cards of a page, which page that is, and how many there are; the files of one run that are found are one card.
 
     Args:
         what: "loras" or "runs".
@@ -80,8 +80,8 @@ def shelf_of(roots: Roots, what: str, search: str, family: str, order: str, page
         count, draw = len(runs), functools.partial(cards.run_cards, runs, all_count=len(every))
     else:
         all_of_them = lora_shelf.items(roots)
-        loras = lora_shelf.matching(all_of_them, words=search or "", family=family or "", order=order)
-        count, draw = len(loras), functools.partial(cards.lora_cards, loras, all_count=len(all_of_them))
+        loras = lora_shelf.stacked(lora_shelf.matching(all_of_them, words=search or "", family=family or "", order=order))
+        count, draw = len(loras), functools.partial(cards.lora_cards, loras, all_count=len(lora_shelf.stacked(all_of_them)))
     shown = min(wanted, cards.pages(count))
     return draw(page=shown, language=language), shown, cards.pages(count)
 

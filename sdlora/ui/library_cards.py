@@ -22,7 +22,16 @@ PER_PAGE = 24
 _MOST_CHARACTERS = 1500  # of a value of the metadata
 CSS = """
 .shelf { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; }
+.shelf:has(.fold[open]) { align-items: start; }
+.shelf .stack { display: flex; flex-direction: column; gap: 4px; min-width: 0; } .shelf .card { flex: 1; }
 .shelf .card { display: flex; flex-direction: column; gap: 4px; padding: 8px; text-align: left; border-radius: 10px; cursor: pointer; }
+.shelf .fold summary { cursor: pointer; font-size: 0.78rem; padding: 4px 8px; color: var(--body-text-color-subdued); }
+.shelf .fold[open] { max-height: 220px; overflow: auto; }
+.shelf .leaf { display: block; width: 100%; padding: 4px 8px; text-align: left; font-size: 0.8rem; border-radius: 6px; cursor: pointer; }
+.shelf .leaf { color: var(--body-text-color); font-weight: 400; overflow-wrap: anywhere; background: none; border: 0; }
+.shelf .leaf:hover, .shelf .leaf:focus-visible { background: var(--background-fill-secondary); }
+.shelf .leaf:focus-visible { outline: 1px solid var(--primary-500); outline-offset: -1px; }
+.shelf .leaf .badge { margin: 0 0 0 5px; }
 .shelf .card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary); min-width: 0; font: inherit; }
 .shelf .card:hover, .shelf .card:focus-visible { border-color: var(--primary-500); box-shadow: 0 0 0 1px var(--primary-500); }
 .shelf .card:focus-visible { outline: none; }
@@ -52,23 +61,42 @@ def escaped(text: str) -> str:
     return html.escape(text.encode("utf-8", "replace").decode())
 
 
-def lora_cards(found: Sequence[Item], page: int, language: str, *, all_count: int) -> str:
-    """A page of cards of LoRA files.
+def lora_cards(found: Sequence[list[Item]], page: int, language: str, *, all_count: int) -> str:
+    """A page of cards of LoRA files, those of one run on one card.
 
     Args:
+        found: as `lora_shelf.stacked` gives them.
         all_count: how many there are before any search.
     """
     begin = PER_PAGE * (page - 1)
-    cards = "".join(_lora_card(one) for one in found[begin : begin + PER_PAGE])
+    cards = "".join(_lora_card(*lora_shelf.best_first(stack), language=language) for stack in found[begin : begin + PER_PAGE])
     return _shelf(cards, len(found), page, language, all_count)
 
 
-def _lora_card(one: Item) -> str:
-    facts = one.facts
-    badges = [_badge(FAMILIES.get(facts.family, facts.family)), *([_badge(f"r {ranks(facts.ranks)}")] if facts.ranks else [])]
+def _lora_card(one: Item, *folded: Item, language: str) -> str:
+    facts, told = one.facts, lora_shelf.marks(one.run) if one.run else {}
+    badges = [_marks(one, told, language), _badge(FAMILIES.get(facts.family, facts.family))]
+    badges += [_badge(f"r {ranks(facts.ranks)}")] if facts.ranks else []
     badges += [_badge("!", "bad", facts.trouble)] if facts.trouble else []
     lines = [facts.trigger[:80], facts.trouble[:90]] if facts.trouble else [facts.trigger[:80]]
-    return _card(one.key, one.shown, lora_shelf.small_picture(shelf.preview(facts.path)), [*badges, _badge(size(facts.size_bytes))], lines)
+    picture = lora_shelf.small_picture(shelf.preview(facts.path))
+    return _card(one.key, one.shown, picture, [*badges, _badge(size(facts.size_bytes))], lines, _fold(folded, told, language))
+
+
+def _fold(folded: Sequence[Item], told: Mapping[str, Path], language: str) -> str:
+    """The further files of a run, by name alone: a run of a hundred checkpoints is one card, and no header of theirs is read."""
+    if not folded:
+        return ""
+    rows = "".join(
+        f'<button type="button" class="leaf" data-key="{one.key}"><span>{escaped(one.shown)}</span>{_marks(one, told, language)}</button>'
+        for one in folded
+    )
+    said = words.say("library.fold_one" if len(folded) == 1 else "library.fold_many", language, count=len(folded))
+    return f'<details class="fold"><summary>{escaped(said)}</summary>{rows}</details>'
+
+
+def _marks(one: Item, told: Mapping[str, Path], language: str) -> str:
+    return "".join(_badge(words.say(f"library.mark_{word}", language), "good") for word, path in told.items() if path == one.path)
 
 
 def run_cards(found: Sequence[tuple[str, Run]], page: int, language: str, *, all_count: int) -> str:
@@ -96,11 +124,11 @@ def pages(count: int) -> int:
     return max(1, math.ceil(count / PER_PAGE))
 
 
-def _card(key: str, name: str, picture: str, badges: Iterable[str], lines: Iterable[str]) -> str:
+def _card(key: str, name: str, picture: str, badges: Iterable[str], lines: Iterable[str], below: str = "") -> str:
     said = "".join(f'<span class="line">{escaped(line)}</span>' for line in lines if line)
     return (
-        f'<button type="button" class="card" data-key="{key}">{_picture(picture, name)}<span class="name">{escaped(name)}</span>'
-        f"<span>{''.join(badges)}</span>{said}</button>"
+        f'<div class="stack"><button type="button" class="card" data-key="{key}">{_picture(picture, name)}'
+        f'<span class="name">{escaped(name)}</span><span>{"".join(badges)}</span>{said}</button>{below}</div>'
     )
 
 
@@ -133,11 +161,13 @@ def _day(time_s: float | None) -> str:
 def lora_facts(roots: Roots, one: Item, language: str) -> str:
     """All that the header of a LoRA file and the files beside it tell."""
     facts, unknown = one.facts, words.say("library.not_stated", language)
+    said = [words.say(f"library.mark_{word}", language) for word in lora_shelf.marks_of(one)]
     root = next(root for root in (roots.runs, roots.loras) if facts.path.is_relative_to(root))
     rows = {
         "family": FAMILIES.get(facts.family, facts.family), "rank": ranks(facts.ranks), "trigger": facts.trigger or "-",
         "strength": f"{facts.strength:g}", "base": facts.base or unknown, "size": size(facts.size_bytes), "date": _day(facts.written_s),
-        "run": one.run.name if one.run else "-", "place": facts.path.relative_to(root).as_posix(), "hash": facts.hash or unknown,
+        "run": " · ".join([one.run.name, *said]) if one.run else "-",
+        "place": facts.path.relative_to(root).as_posix(), "hash": facts.hash or unknown,
         "legacy": facts.legacy_hash or unknown,
     }  # fmt: skip
     tags = "" if facts.trouble else _tags(shelf.tags(facts.path), language)

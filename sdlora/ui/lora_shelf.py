@@ -10,14 +10,14 @@ import base64
 import io
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from sdlora import images, run_lock, runs, shelf
+from sdlora import chosen, images, run_lock, runs, shelf
 from sdlora.errors import UserError
 from sdlora.runs import Run
 from sdlora.shelf import Facts
@@ -26,6 +26,7 @@ from sdlora.ui.roots import Roots
 
 FAMILIES = {"mini": "mini", "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "other": "?"}
 ORDERS = ("newest", "name", "size")
+MARKS = ("marked", "recommended")  # a person's word goes before the run's own
 SMALL_PX = 256
 _LIMIT_PX = 40_000_000  # of a picture that somebody put beside a file
 
@@ -110,6 +111,41 @@ def _text(one: Item) -> str:
     facts = one.facts
     told = (one.shown, facts.trigger, facts.base, facts.notes, facts.family, one.run.name if one.run else "")
     return " ".join(told).lower()
+
+
+def stacked(found: Iterable[Item]) -> list[list[Item]]:
+    """The files of one run together, in the place of the first of them; every other file alone."""
+    stacks: dict[Path, list[Item]] = {}
+    for one in found:
+        stacks.setdefault(one.run or one.path, []).append(one)
+    return list(stacks.values())
+
+
+def best_first(stack: Sequence[Item]) -> list[Item]:
+    """The files of one run: what a person has marked, what the run recommends, what it ended with, then from the last checkpoint on."""
+    run = stack[0].run
+    if run is None or len(stack) == 1:
+        return list(stack)
+    told = marks(run)
+    return sorted(stack, key=lambda one: (*(told.get(word) != one.path for word in MARKS), -(shelf.step_of(one.path) or 1e12)))
+
+
+def fronts_first(found: Iterable[Item], most: int) -> list[Item]:
+    """The first so many of a list: one file of each run and all others, then, as far as there is room, the runs' further files."""
+    stacks = [best_first(stack) for stack in stacked(found)[:most]]
+    return [*(stack[0] for stack in stacks), *(one for stack in stacks for one in stack[1:])][:most]
+
+
+def marks(run: Path) -> dict[str, Path]:
+    """Which of a run's files has each of `MARKS`."""
+    told = look(run)
+    best = {"marked": chosen.marked(told), "recommended": told.best}
+    return {word: one.path for word, one in best.items() if one and one.path}
+
+
+def marks_of(one: Item) -> list[str]:
+    """Which of `MARKS` a file has."""
+    return [word for word, path in marks(one.run).items() if path == one.path] if one.run else []
 
 
 def run_folders(roots: Roots) -> dict[str, Path]:
