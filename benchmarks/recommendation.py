@@ -38,7 +38,7 @@ from sdlora.validation import Exam
 from sdlora.verdict import Verdict
 
 TRIGGERS = {"style": "vitrail", "character": "pip"}
-RATES = {"style": (3e-3, 0.0), "character": (3e-3, 4e-4)}
+RATES = {"style": (3e-3, 0.0), "character": (2e-3, 4e-4)}
 PICTURES, BLOCK = 16, 40
 NEAR, FALLEN = 2.0, 5.0  # points below the best checkpoint: as good, and clearly worse
 LENGTHS, STRIDE = (0.5, 0.58, 0.66, 0.75), 6  # where the reader looks for things in stained glass

@@ -22,8 +22,8 @@ from sdlora.ui.roots import Roots
 from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
 from tests.shelf import make_roots, make_studio, served
+from tests.test_page import CHROMIUM, CHROMIUM_OPTIONS
 
-CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE_MS = 120_000
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # gradio counts its calls with pandas
 
@@ -299,7 +299,7 @@ def test_in_a_browser_a_sheet_is_drawn_a_picture_is_clicked_and_used(page: gr.Bl
         pytest.fail(f"{CHROMIUM} is missing: this test needs it (apt-get install chromium)")
     with (
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]) as browser,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS) as browser,
     ):
         tab = browser.new_page(viewport={"width": 1280, "height": 1000}, locale="ko-KR")
         tab.set_default_timeout(PATIENCE_MS)

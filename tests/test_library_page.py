@@ -23,8 +23,8 @@ from sdlora.ui import library_merge, library_page, lora_shelf
 from sdlora.ui.roots import Roots
 from sdlora.ui.studio import Studio
 from tests.shelf import make_roots, make_studio, served, write_lora
+from tests.test_page import CHROMIUM, CHROMIUM_OPTIONS
 
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 
@@ -387,7 +387,7 @@ def test_in_a_browser_a_card_is_clicked_by_mouse_and_by_keyboard(roots: Roots, s
     with (
         served(roots, studio, library_page) as demo,
         sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]) as browser,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS) as browser,
     ):
         tab = browser.new_page(viewport={"width": 390, "height": 844})
         tab.set_default_timeout(60_000)

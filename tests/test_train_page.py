@@ -37,7 +37,7 @@ from sdlora.ui.roots import Roots, key_of
 from sdlora.ui.train_settings import Form
 from tests import hostile, shelf
 from tests.test_jobs import end, wait_for
-from tests.test_page import free_port
+from tests.test_page import CHROMIUM_OPTIONS, free_port
 
 CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE_MS = 120_000
@@ -429,7 +429,7 @@ def test_a_training_outlives_its_browser_and_its_page_and_one_that_is_killed_say
 def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, pictures: Path) -> None:
     if not CHROMIUM.is_file():
         pytest.fail(f"{CHROMIUM} is missing: this test needs it (apt-get install chromium)")
-    options: dict[str, Any] = {"executable_path": CHROMIUM, "args": ["--no-sandbox", "--disable-gpu"]}
+    options: dict[str, Any] = {"executable_path": CHROMIUM, "args": CHROMIUM_OPTIONS}
     with served(roots, line) as place, sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-US")
         page.set_default_timeout(PATIENCE_MS)
