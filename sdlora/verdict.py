@@ -79,9 +79,10 @@ def verdict(looks: Sequence[Validated], *, strengths: Sequence[tuple[float, floa
     last = max(looks, key=lambda look: look.step)
     if chosen.loss is None:
         return Verdict(step, 1.0, _reason_unknown(step, last), False, _warning_unknown(chosen, last))
-    rise = _rise(looks, chosen)
+    turn = _lowest(looks, chosen)
+    rise = _rise(looks, turn)
     overfits = rise > OVERFIT or not _is_sound(last)
-    warning = _warning_after(looks, chosen, rise) if overfits else _warning_useless(looks, chosen)
+    warning = _warning_after(looks, chosen if not _is_sound(last) else turn, rise) if overfits else _warning_useless(looks, chosen)
     return Verdict(step, strength(strengths), _reason(looks, chosen), overfits, warning)
 
 
@@ -108,10 +109,10 @@ def _until_it_rises(sound: Sequence[Validated]) -> Validated:
     return lowest if sound[-1].seen_loss > lowest.seen_loss * (1 + OVERFIT) else sound[-1]
 
 
-def _rise(looks: Sequence[Validated], chosen: Validated) -> float:
-    """By which share the held-out loss has risen in the end: the mean of the last two looks after the chosen one."""
-    after = [_held(look) for look in looks if look.step > chosen.step and _is_sound(look)][-2:]
-    return sum(after) / len(after) / _held(chosen) - 1 if after else 0.0
+def _rise(looks: Sequence[Validated], turn: Validated) -> float:
+    """By which share the held-out loss has risen in the end above its lowest: the mean of the last two looks after that."""
+    after = [_held(look) for look in looks if look.step > turn.step and _is_sound(look)][-2:]
+    return sum(after) / len(after) / _held(turn) - 1 if after else 0.0
 
 
 def _lowest(looks: Sequence[Validated], chosen: Validated) -> Validated:
@@ -145,15 +146,16 @@ def _praise(looks: Sequence[Validated], chosen: Validated) -> str:
     return f"more of the look is learned there than before, and pictures that it was not trained on are still predicted well {numbers}"
 
 
-def _warning_after(looks: Sequence[Validated], chosen: Validated, rise: float) -> str:
+def _warning_after(looks: Sequence[Validated], turn: Validated, rise: float) -> str:
+    """What went wrong after a look: the base broke, or the error on pictures that are not trained on rose."""
     last = max(looks, key=lambda look: look.step)
     if not _is_sound(last):
         return (
-            f"After step {chosen.step} the run breaks the base: answers to prompts without the trigger word have moved as far as they are "
+            f"After step {turn.step} the run breaks the base: answers to prompts without the trigger word have moved as far as they are "
             "long; lower optimizer.learning_rate."
         )
-    change = last.seen_loss / chosen.seen_loss - 1
-    told = f"from step {chosen.step} to {last.step} the error on pictures that it was not trained on rises by {rise:.0%}"
+    change = last.seen_loss / turn.seen_loss - 1
+    told = f"from step {turn.step} to {last.step} the error on pictures that it was not trained on rises by {rise:.0%}"
     if change > OVERFIT:
         return f"The run spoils itself: {told}, and on its own pictures by {change:.0%}; lower optimizer.learning_rate."
     own = f"while on its own pictures it falls by {-change:.0%}" if change < -OVERFIT else "while on its own pictures it stays"

@@ -74,6 +74,12 @@ def test_a_look_that_is_learned_further_is_worth_some_error_but_not_any() -> Non
     assert "longer run" not in last.reason  # the error has begun to rise
 
 
+def test_memorising_before_the_recommended_checkpoint_is_said_too() -> None:
+    told = verdict.verdict(looks([0.127, 0.122, 0.131, 0.14, 0.143], [0.12, 0.11, 0.08, 0.06, 0.058]))
+    assert (told.step, told.overfitting) == (400, True)
+    assert "The run overfits: from step 200 to 500" in told.warning
+
+
 def test_without_held_out_pictures_nothing_is_claimed() -> None:
     told = verdict.verdict(looks([None] * 4, [0.18, 0.13, 0.11, 0.04]), strengths=[(0.5, 0.01), (1.0, 0.04)])
     assert (told.step, told.strength, told.overfitting) == (400, 1.0, False)
