@@ -125,6 +125,23 @@ def test_turns_are_asked_for_line_by_line(
     assert [set(turn) >= {"step_s", "cpu_s", "wall_s", "process_bytes"} for turn in turns] == [True, True]
 
 
+def test_the_peers_caching_is_its_encoding_without_the_opening(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def worked(*given: Any, **named: Any) -> Any:
+            passed[0] += seconds
+            return work(*given, **named)
+
+        return worked
+
+    monkeypatch.setattr(train_step, "clock", lambda device: passed[0])
+    monkeypatch.setattr(peers, "open_peer", taking(100, peers.open_peer))
+    monkeypatch.setattr(peers, "keep", taking(1, peers.keep))
+    options = train_step.arguments(words)
+    assert [train_step.theirs(options, caches=caches).caching_s for caches in (True, False)] == [1, 0]
+
+
 REFUSED = {
     "kohya": (["--against", "diffusers,kohya=/nowhere"], "cannot be run here"),
     "script": (["--script", "/nowhere/train.py"], "is no file"),
