@@ -20,7 +20,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks import full_size_step, peers
+from benchmarks import command, full_size_step, peers
 from sdlora import base_files, base_model, devices, files, generate, lora, lora_file, lora_names
 from sdlora.base_model import Base
 from sdlora.deltas import LowRank, Update
@@ -165,6 +165,7 @@ def opened(options: argparse.Namespace) -> Base:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures and prints the tables; the last line says the ratios."""
+    files.make_folder(options.out)
     parts = options.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UserError(f"--parts {unknown[0]} is unknown; there are {', '.join(PARTS)}.")
@@ -211,14 +212,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20, help="of a picture")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for random weights, written once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    options = parser.parse_args(words)
-    try:
-        files.make_folder(options.out)
-        measure(options)
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
+    return command.code_of(measure, parser.parse_args(words))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import full_size_step, peers
+from benchmarks import command, full_size_step, peers
 from sdlora import (
     base_files,
     config,
@@ -372,8 +372,8 @@ def answer(row: dict[str, float]) -> None:
 @contextmanager
 def contender(words: list[str], name: str) -> Iterator[Callable[[int], dict[str, float]]]:
     """A contender in a process of its own; asked for a number of steps it answers with their figures, for 0 with what is exact."""
-    command = [sys.executable, "-m", "benchmarks.train_step", *words, "--child", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    asked = [sys.executable, "-m", "benchmarks.train_step", *words, "--child", name]
+    with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin
         assert child.stdout
         ready = said(child.stdout, name)
@@ -542,21 +542,21 @@ def arguments(words: list[str]) -> argparse.Namespace:
     return options
 
 
+def work(options: argparse.Namespace, words: list[str]) -> int:
+    """Measures, or is one contender; the exit code."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.child:
+        return measure(options, words)
+    if options.child == "gate":
+        answer({"distance": gate(options)})
+    else:
+        contend(options)
+    return 0
+
+
 def main(words: list[str]) -> int:
     """Measures, or is one contender; 2 and one sentence for a mistake that the user can mend."""
-    options = arguments(words)
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        if options.child == "gate":
-            answer({"distance": gate(options)})
-        elif options.child:
-            contend(options)
-        else:
-            return measure(options, words)
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
+    return command.code_of(work, arguments(words), words)
 
 
 if __name__ == "__main__":
