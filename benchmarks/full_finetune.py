@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from benchmarks import full_size_step, peers, train_step
+from benchmarks import command, full_size_step, peers, train_step
 from benchmarks import generate as drawing
 from sdlora import (
     adapters,
@@ -340,8 +340,8 @@ def compare(options: argparse.Namespace, words: list[str]) -> int:
     found = {}
     for contender in NAMES:
         print(f"— {NAMES[contender]}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "benchmarks.full_finetune", *words, "--contender", contender]
-        code = subprocess.run(command, check=False).returncode
+        asked = [sys.executable, "-m", "benchmarks.full_finetune", *words, "--contender", contender]
+        code = subprocess.run(asked, check=False).returncode
         if code:
             return code
         found[contender] = json.loads((options.out / f"{contender}.json").read_text())
@@ -371,21 +371,21 @@ def arguments(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def measure(options: argparse.Namespace, words: list[str]) -> int:
+    """Compares, or is one contender's process; the exit code."""
+    if options.counts:
+        return show_counts()
+    if options.speed:
+        return show_speed(options)
+    if options.contender is None:
+        return compare(options, words)
+    contend(options)
+    return 0
+
+
 def main(words: list[str]) -> int:
     """Compares, or is one contender's process; 2 and one sentence for a mistake that the user can mend."""
-    options = arguments(words)
-    try:
-        if options.counts:
-            return show_counts()
-        if options.speed:
-            return show_speed(options)
-        if options.contender is None:
-            return compare(options, words)
-        contend(options)
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
+    return command.code_of(measure, arguments(words), words)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What LoRAs cost while drawing: `python -m benchmarks.generate [--base mini] [--parts latency,ten,strength] [--rounds 7] [--json FILE]`.
 
 latency: one picture by the base alone, with the LoRA folded into the weights, and with the LoRA beside them; folded should be 1.00, as
-it is the same products of the same size. ten: the same with ten LoRAs. strength: another strength for a LoRA that is folded in, ours
-against diffusers' `unfuse_lora` and `fuse_lora` on the same weights in the same process, and whether the base's bytes come back. All take
-turns in one process (A B C C B A …). `--base sd15` writes random weights of that size once. LoRAs are random unless `--lora` names one.
+it is the same products of the same size. ten: the same with ten LoRAs. strength: another strength for a LoRA that is folded in (as the
+page asks for it, the folding alone, and between two steps of a strength that changes over them), against diffusers' `unfuse_lora` and
+`fuse_lora` on the same weights in the same process, what loading it took, and whether the base's bytes come back. All take turns in one
+process (A B C C B A …). `--base sd15` writes random weights of that size once. LoRAs are random unless `--lora` names one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks import full_size_step, peers
-from sdlora import base_files, base_model, devices, files, generate, lora, lora_file, lora_names
+from benchmarks import command, full_size_step, peers
+from sdlora import base_files, base_model, devices, files, generate, lora, lora_file, lora_names, voices
 from sdlora.base_model import Base
 from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
@@ -33,13 +34,14 @@ STRENGTHS = (0.7, 1.0)
 Times = dict[str, list[float]]
 
 
-def random_lora(base: Base, path: Path, *, seed: int) -> Path:
-    """A LoRA file for all of a base's attention, of numbers as small as trained ones; nothing if it is there."""
+def random_lora(base: Base, path: Path, *, seed: int, targets: str) -> Path:
+    """A LoRA file for a preset of a base's UNet, of numbers as small as trained ones; nothing if it is there."""
     chance, modules = torch.Generator().manual_seed(seed), {}
-    for name in lora.matching(base.unet, base_model.targets("attn")) if not path.is_file() else ():
+    for name in lora.matching(base.unet, base_model.targets(targets)) if not path.is_file() else ():
         weight = base.unet.get_submodule(name).weight
-        down = torch.randn(RANK, weight.shape[1], generator=chance) / RANK
-        modules[lora_names.stem_of("unet", name)] = Update(LowRank(down, torch.randn(len(weight), RANK, generator=chance) * 0.02, RANK))
+        down = torch.randn(RANK, *weight.shape[1:], generator=chance) / RANK
+        up = torch.randn(len(weight), RANK, *[1] * (weight.ndim - 2), generator=chance) * 0.02
+        modules[lora_names.stem_of("unet", name)] = Update(LowRank(down, up, RANK))
     if modules:
         files.write(path, lora_file.to_bytes(modules, {}, family=base.family, dtype=torch.float32))
     return path
@@ -87,28 +89,29 @@ def alternating(work: dict[str, tuple[Callable[[], object], Callable[[], object]
 # --- another strength ---------------------------------------------------------------------------------------------------------
 
 
-def diffusers_unet(folder: Path, path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+def diffusers_unet(folder: Path, path: Path, *, targets: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The same UNet as diffusers opens it, with the same LoRA folded in at 1."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device)
     told: dict[str, Tensor] = {}
-    places = {lora_names.stem_of("unet", name): name for name in lora.matching(unet, base_model.targets("attn"))}
+    places = {lora_names.stem_of("unet", name): name for name in lora.matching(unet, base_model.targets(targets))}
     for stem, update in lora_file.read(path).modules.items():
         if stem not in places or not isinstance(update.change, LowRank):
-            raise UserError(f"{path} changes {stem} in a way that this comparison does not know; give a LoRA of attention layers, or none.")
+            raise UserError(f"{path} changes {stem}, which is no plain update of --targets {targets}; give another LoRA or other targets.")
         told |= {f"{places[stem]}.lora_A.weight": update.change.down, f"{places[stem]}.lora_B.weight": update.change.up}
     unet.load_lora_adapter(told, prefix=None, adapter_name="bench")
     unet.fuse_lora(lora_scale=1.0)
     return unet
 
 
-def strengths(base: Base, path: Path, *, rounds: int) -> tuple[Times, dict[str, Any]]:
-    """Seconds for another strength, ours (as the page asks for it, and the folding alone) and diffusers', and what is left afterwards."""
-    names = lora.matching(base.unet, base_model.targets("attn"))
+def strengths(base: Base, path: Path, *, rounds: int, targets: str) -> tuple[Times, dict[str, Any]]:
+    """Seconds for another strength, ours in three ways and diffusers', and what loading took and is left afterwards."""
+    names = lora.matching(base.unet, base_model.targets(targets))
     pristine = {name: base.unet.get_submodule(name).weight.detach().clone() for name in names}
-    generate.set_loras(base, [LoRA(path)])
+    load_s = peers.seconds(lambda: generate.set_loras(base, [LoRA(path)]), base.device)
     key = next(iter(next(iter(lora.layers(base.unet).values())).adapters))
-    peer = diffusers_unet(base_files.folder_of(base.name), path, device=base.device, dtype=base.dtype)
-    turn = {"ours": 0, "folding": 0, "diffusers": 0}
+    peer = diffusers_unet(base_files.folder_of(base.name), path, targets=targets, device=base.device, dtype=base.dtype)
+    moving = [LoRA(path, course=((0.0, 0.0), (1.0, 1.0)))]
+    turn = {"ours": 0, "folding": 0, "between steps": 0, "diffusers": 0}
 
     def next_of(who: str) -> float:
         turn[who] += 1
@@ -118,20 +121,24 @@ def strengths(base: Base, path: Path, *, rounds: int) -> tuple[Times, dict[str, 
         lora.set_strength(base.unet, next_of("folding"), key)
         lora.fold(base.unet)
 
+    def between() -> None:
+        assert voices.speak_at(base, moving, next_of("between steps") / 2)  # never the strength that the others leave
+
     def unfused() -> None:
         peer.unfuse_lora()
         peer.fuse_lora(lora_scale=next_of("diffusers"))
 
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "ours": (lambda: None, lambda: generate.set_loras(base, [LoRA(path, next_of("ours"))])), "folding": (lambda: None, folding),
-        "diffusers": (lambda: None, unfused),
+        "between steps": (lambda: None, between), "diffusers": (lambda: None, unfused),
     }  # fmt: skip
     times = alternating(work, rounds=rounds, device=base.device)
     lora.remove(base.unet)
     peer.unfuse_lora()
     left = {name: peer.get_submodule(name).base_layer.weight.detach() for name in names}
     return times, {
-        "modules": len(names), "ours_changed": sum(not torch.equal(base.unet.get_submodule(name).weight, pristine[name]) for name in names),
+        "load_s": load_s, "modules": len(names),
+        "ours_changed": sum(not torch.equal(base.unet.get_submodule(name).weight, pristine[name]) for name in names),
         "diffusers_changed": sum(not torch.equal(left[name], pristine[name]) for name in names),
         "diffusers_largest": max(float((left[name].float() - pristine[name].float()).abs().max()) for name in names),
     }  # fmt: skip
@@ -165,12 +172,16 @@ def opened(options: argparse.Namespace) -> Base:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures and prints the tables; the last line says the ratios."""
+    files.make_folder(options.out)
     parts = options.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UserError(f"--parts {unknown[0]} is unknown; there are {', '.join(PARTS)}.")
     base = opened(options)
     stem = Path(options.base).name
-    paths = [random_lora(base, options.out / f"{stem}-random-{seed}.safetensors", seed=seed) for seed in range(MANY)]
+    paths = [
+        random_lora(base, options.out / f"{stem}-random-{options.targets}-{seed}.safetensors", seed=seed, targets=options.targets)
+        for seed in range(MANY if "ten" in parts else 1)
+    ]
     chosen = options.lora or paths[0]
     request = Request("a red star on a blue background", steps=options.steps)
     found: dict[str, Any] = {}
@@ -187,9 +198,10 @@ def measure(options: argparse.Namespace) -> None:
     if "strength" in parts:
         for part_ in base.parts.values():
             lora.remove(part_)
-        times, left = strengths(base, chosen, rounds=options.rounds)
+        times, left = strengths(base, chosen, rounds=options.rounds, targets=options.targets)
         found["strength"] = times | {"left": left}
         print(f"strength: another strength for a LoRA in {left['modules']} modules\n\n{table(times, against='diffusers')}\n")
+        print(f"Loading it and folding it for the first time took {left['load_s']:.2f} s.")
         print(
             f"Taken out again, {left['ours_changed']} of {left['modules']} weights differ from the base's bytes with ours, "
             f"{left['diffusers_changed']} with diffusers' (by up to {left['diffusers_largest']:.1e}).\n"
@@ -206,19 +218,13 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description="What LoRAs cost while drawing.")
     parser.add_argument("--base", default="mini", help="mini, a folder, or sd15 or sdxl for random weights of that size")
     parser.add_argument("--lora", type=Path, help="instead of a random one")
+    parser.add_argument("--targets", choices=("attn", "attn-mlp"), default="attn", help="what LoRAs change in the UNet")
     parser.add_argument("--parts", default="latency,ten,strength")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--steps", type=int, default=20, help="of a picture")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for random weights, written once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
-    options = parser.parse_args(words)
-    try:
-        files.make_folder(options.out)
-        measure(options)
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
+    return command.code_of(measure, parser.parse_args(words))
 
 
 if __name__ == "__main__":

@@ -63,16 +63,14 @@ class Peer:
 
 
 def open_peer(
-    folder: Path, adapters: Mapping[str, Tensor], *, alpha: float, pictures: Path, side_px: int, device: torch.device, dtype: torch.dtype,
-    caches: bool,
-) -> Peer:  # fmt: skip
-    """The base of a diffusers folder with adapters whose numbers are given.
+    folder: Path, adapters: Mapping[str, Tensor], *, alpha: float, pictures: Path, side_px: int, device: torch.device, dtype: torch.dtype
+) -> Peer:
+    """The base of a diffusers folder with adapters whose numbers are given; it encodes at each step, as the script does, see `keep`.
 
     Args:
         adapters: A [r, in] and B [out, r] by "<module>.down" and "<module>.up".
         alpha: the update is scaled by alpha / r.
         side_px: pictures are cut to squares of this side.
-        caches: whether latents and text are encoded once, or at each step as the script does.
     """
     index = json.loads((folder / "model_index.json").read_text())
     parts = [part for part in ("text_encoder", "text_encoder_2") if part in index]
@@ -100,13 +98,14 @@ def open_peer(
     paths = sorted(pictures.glob("*.png"))
     said = [path.with_suffix(".txt").read_text() for path in paths]
     scheduler = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    peer = Peer(unet, vae, texts, tokenizers, scheduler, weights, mover, device, dtype, side_px, paths, said)
-    if caches:
-        every = range(len(paths))
-        made = [seen(peer, [i]) for i in every]
-        peer.moments = [(one.mean[0], one.std[0]) for one in made]
-        peer.states = [heard(peer, [words]) for words in said]
-    return peer
+    return Peer(unet, vae, texts, tokenizers, scheduler, weights, mover, device, dtype, side_px, paths, said)
+
+
+def keep(peer: Peer) -> None:
+    """Encodes all latents and text once, so that its steps do not."""
+    made = [seen(peer, [i]) for i in range(len(peer.paths))]
+    peer.moments = [(one.mean[0], one.std[0]) for one in made]
+    peer.states = [heard(peer, [words]) for words in peer.said]
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import full_size_step, peers
+from benchmarks import command, full_size_step, peers
 from sdlora import (
     base_files,
     config,
@@ -225,12 +225,12 @@ def uncached(go: Course) -> Course:
 # --- theirs -------------------------------------------------------------------------------------------------------------------
 
 
-def opened_peer(options: argparse.Namespace, *, caches: bool, dtype: torch.dtype) -> peers.Peer:
+def opened_peer(options: argparse.Namespace, *, dtype: torch.dtype) -> peers.Peer:
     """PEFT's form of the same base, with the same numbers in its adapters."""
     numbers = load_file(adapters_of(options))
     return peers.open_peer(
         base_files.folder_of(str(base_of(options))), numbers, alpha=options.rank, pictures=pictures_of(options),
-        side_px=options.resolution, device=devices.best_device(), dtype=dtype, caches=caches,
+        side_px=options.resolution, device=devices.best_device(), dtype=dtype,
     )  # fmt: skip
 
 
@@ -240,9 +240,11 @@ def theirs(options: argparse.Namespace, *, caches: bool) -> Runner:
     dtype = devices.base_dtype(device)
     if dtype == torch.float16:
         raise UserError("This GPU has no bf16, and the example script scales losses in fp16; compare on one that has it, or on a CPU.")
-    began = clock(device)
-    peer = opened_peer(options, caches=caches, dtype=dtype)
-    caching_s = clock(device) - began if caches else 0.0
+    peer, caching_s = opened_peer(options, dtype=dtype), 0.0
+    if caches:
+        began = clock(device)
+        peers.keep(peer)
+        caching_s = clock(device) - began
     before = [tensor for part in (peer.unet, peer.vae, *peer.texts) for tensor in (*part.parameters(), *part.buffers())]
     return Runner(
         lambda step: peers.take_step(peer, step, options.batch), lambda: peers.loss_at(peer, 0, options.batch), lambda: peers.move(peer),
@@ -270,7 +272,7 @@ def gate(options: argparse.Namespace) -> float:
     found, alphas, pictures = our_gradients(go), go.alphas.cpu(), batch.pictures
     del go, batch
     gc.collect()
-    peer = opened_peer(options, caches=False, dtype=torch.float32)
+    peer = opened_peer(options, dtype=torch.float32)
     peer.scheduler.alphas_cumprod = alphas  # its own product is formed in fp32 and off by up to 1e-5
     told = {path.name: words for path, words in zip(peer.paths, peer.said, strict=True)}
     peers.loss(peer, clean, drawn, timesteps, peers.heard(peer, [told[name] for name in pictures])).backward()
@@ -370,8 +372,8 @@ def answer(row: dict[str, float]) -> None:
 @contextmanager
 def contender(words: list[str], name: str) -> Iterator[Callable[[int], dict[str, float]]]:
     """A contender in a process of its own; asked for a number of steps it answers with their figures, for 0 with what is exact."""
-    command = [sys.executable, "-m", "benchmarks.train_step", *words, "--child", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    asked = [sys.executable, "-m", "benchmarks.train_step", *words, "--child", name]
+    with subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin
         assert child.stdout
         ready = said(child.stdout, name)
@@ -540,21 +542,21 @@ def arguments(words: list[str]) -> argparse.Namespace:
     return options
 
 
+def work(options: argparse.Namespace, words: list[str]) -> int:
+    """Measures, or is one contender; the exit code."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.child:
+        return measure(options, words)
+    if options.child == "gate":
+        answer({"distance": gate(options)})
+    else:
+        contend(options)
+    return 0
+
+
 def main(words: list[str]) -> int:
     """Measures, or is one contender; 2 and one sentence for a mistake that the user can mend."""
-    options = arguments(words)
-    options.out.mkdir(parents=True, exist_ok=True)
-    try:
-        if options.child == "gate":
-            answer({"distance": gate(options)})
-        elif options.child:
-            contend(options)
-        else:
-            return measure(options, words)
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    return 0
+    return command.code_of(work, arguments(words), words)
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The UNet's number format."""
-        dtype: torch.dtype = self.unet.dtype
+        """The UNet's number format: that of its first weight, the base's own also with a LoRA; diffusers walks all modules for it."""
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
         return dtype
 
     @property

@@ -287,6 +287,7 @@ def _masks(folder: Path, masks: Path, findings: list[Finding]) -> Callable[[Path
     beside = _beside(_walk(masks, masks=None, sub_folders=True, findings=findings), tuple(sorted(SUFFIXES)))
 
     def mask_of(picture: Path) -> Path | None:
+        """The picture's mask from the same place below the folder of masks or from its top; a finding if none is there, or several."""
         places = (masks / picture.parent.relative_to(folder), masks)
         found = next((found for place in places if (found := _called(picture.stem, place, beside))), ())
         if not found:

@@ -130,6 +130,24 @@ def delta(update: Update, weight: Tensor) -> Tensor | None:
     return with_magnitude(own + change, update.magnitude.float()) - own
 
 
+def add(goal: Tensor, update: Update, weight: Tensor, *, onto: Tensor, strength: float) -> None:
+    """goal ← onto + strength · ΔW; a plain low-rank update is added by its product itself, ΔW on its own is never formed.
+
+    Args:
+        goal: fp32 [out, in, …], written in place.
+        update, weight: as for `delta`.
+        onto: fp32 in the shape of the goal, which may be the goal.
+    """
+    change, has_rows = update.change, all(one.ndim == 2 or one.is_contiguous() for one in (goal, onto))
+    if isinstance(change, LowRank) and change.core is None and update.magnitude is None and has_rows:
+        up, down = (factor.float().flatten(1) for factor in (change.up, change.down))
+        torch.addmm(_rows(onto), up, down, alpha=strength * change.alpha / change.rank, out=_rows(goal))
+    elif (whole := delta(update, weight)) is not None:
+        torch.add(onto, whole, alpha=strength, out=goal)
+    elif goal is not onto:
+        goal.copy_(onto)
+
+
 def product(change: LowRank | Hadamard | Kronecker | Full, shape: torch.Size) -> Tensor:
     """ΔW of the factors alone, without a magnitude.
 
@@ -221,6 +239,11 @@ def _product(change: LowRank | Hadamard | Kronecker | Full) -> Tensor:
     w2 = _stored_factor(*one.second, one.core) if isinstance(one.second, tuple) else one.second
     flat = torch.kron(w1.flatten(1), w2.flatten(1)) * (1 if one.rank is None else one.alpha / one.rank)
     return flat.reshape(len(flat), -1, *w2.shape[2:])
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A weight as the same memory in two dimensions; a linear's stays as it is, also where it is stored transposed."""
+    return weight if weight.ndim == 2 else weight.view(len(weight), -1)
 
 
 def _stored_factor(up: Tensor, down: Tensor, core: Tensor | None) -> Tensor:

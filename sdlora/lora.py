@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdlora import deltas, lora_fused
-from sdlora.deltas import Update
+from sdlora.deltas import Full, Update
 from sdlora.errors import UserError
 from sdlora.lora_adapters import PLAIN, Fixed, continued, fresh, is_transposed, oriented
 from sdlora.lora_adapters import Adapter as Adapter
@@ -73,12 +73,6 @@ class LoRALayer(nn.Module):
     def each_adapter(self) -> Iterator[Adapter]:
         """Those that can be trained."""
         return (adapter for adapter in self.voices() if isinstance(adapter, Adapter))
-
-    def delta(self, adapter: Adapter | Fixed) -> Tensor | None:
-        """strength · ΔW in the base weight's own shape, fp32; None if only the bias changes."""
-        weight = base_weight(self.base) if self.pristine is None else self.pristine
-        change = deltas.delta(export(adapter), oriented(self.base, weight))
-        return None if change is None else oriented(self.base, change) * adapter.strength
 
 
 def together(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -277,8 +271,8 @@ def silence(model: nn.Module) -> None:
 def fold(model: nn.Module) -> None:
     """Adds all adapters into the weights and biases, W + Σ strength · ΔW, so that answering costs what the base costs.
 
-    The sum is formed in fp32 from the pristine weight and rounded once; folding again after a change of strength starts from the
-    pristine weight too, so nothing drifts.
+    The sum is formed in fp32 from the pristine weight and rounded once, also when it is folded already, so nothing drifts. An fp32
+    weight is written as the sum grows, without being put back first.
     """
     for layer in layers(model).values():
         weight, bias = base_weight(layer.base), layer.base.bias
@@ -286,20 +280,26 @@ def fold(model: nn.Module) -> None:
             layer.pristine = weight.detach().clone()
             layer.pristine_bias = bias.detach().clone() if isinstance(bias, Tensor) else None
             layer.forward = layer.base.forward  # type: ignore[method-assign]  # no call more than the base's: 1.00 of its time, not 1.03
-        active = [one for one in layer.voices() if one.strength != 0]
-        _write_sum(weight, layer.pristine, (layer.delta(one) for one in active))
+        active = [(export(one), one.strength) for one in layer.voices() if one.strength != 0]
+        _write_sum(oriented(layer.base, weight), oriented(layer.base, layer.pristine), active)
         if isinstance(bias, Tensor) and layer.pristine_bias is not None:
-            shifts = ((export(one).bias, one.strength) for one in active)
-            _write_sum(bias, layer.pristine_bias, (shift.float() * strength for shift, strength in shifts if shift is not None))
+            shifts = [(Update(Full(one.bias)), strength) for one, strength in active if one.bias is not None]
+            _write_sum(bias, layer.pristine_bias, shifts)
 
 
-def _write_sum(goal: Tensor, pristine: Tensor, changes: Iterable[Tensor | None]) -> None:
-    """goal ← pristine + Σ changes, one change in memory at a time; the exact bytes if there is none."""
-    total = pristine
-    for change in changes:
-        if change is not None:
-            total = total.float() + change
-    goal.copy_(total)
+def _write_sum(goal: Tensor, pristine: Tensor, active: Sequence[tuple[Update, float]]) -> None:
+    """goal ← pristine + Σ strength · ΔW, one ΔW in memory at a time; the exact bytes if there is none."""
+    if not active:
+        goal.copy_(pristine)
+        return
+    is_exact = goal.dtype == pristine.dtype == torch.float32
+    total = goal if is_exact else pristine.to(torch.float32, copy=True)
+    before = pristine if is_exact else total
+    for update, strength in active:
+        deltas.add(total, update, pristine, onto=before, strength=strength)
+        before = total
+    if total is not goal:
+        goal.copy_(total)
 
 
 @torch.no_grad()

@@ -48,10 +48,21 @@ def answers(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 
 
 class _Together(torch.autograd.Function):
-    """See `answers`; A's one below the other [Σ r, in]."""
+    """See `answers`: the linears' whole arithmetic there and back as one node of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: list[int], scales: tuple[float, ...], down: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        """W x + b + s B A x of each linear: one product for all A's, and each B adds onto its base's answer in place.
+
+        Args:
+            x: [..., in].
+            ranks, scales: r and s of each linear.
+            down: A's one below the other [Σ r, in].
+            rest: the B's [out, r], then W [out, in] and b [out] or None of each linear in turn.
+
+        Returns:
+            [..., out] of each.
+        """
         count = len(ranks)
         ups, weights, biases = rest[:count], rest[count::2], rest[count + 1 :: 2]
         rows = x.reshape(-1, x.shape[-1])
@@ -66,6 +77,14 @@ class _Together(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """dx = Σ G W + H A, dA = Hᵀ x and dB = s Gᵀ (x Aᵀ), with H = s G B side by side [rows, Σ r] and G each answer's gradient.
+
+        Args:
+            gradients: G [..., out] of each linear's answer.
+
+        Returns:
+            One for each argument of `forward`: of x, A and each B where needed, else None.
+        """
         rows, hidden, down, *rest = ctx.saved_tensors
         ranks, scales, count = ctx.ranks, ctx.scales, len(ctx.ranks)
         ups, weights, needed = rest[:count], rest[count:], ctx.needs_input_grad

@@ -125,6 +125,23 @@ def test_turns_are_asked_for_line_by_line(
     assert [set(turn) >= {"step_s", "cpu_s", "wall_s", "process_bytes"} for turn in turns] == [True, True]
 
 
+def test_the_peers_caching_is_its_encoding_without_the_opening(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+
+    def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+        def worked(*given: Any, **named: Any) -> Any:
+            passed[0] += seconds
+            return work(*given, **named)
+
+        return worked
+
+    monkeypatch.setattr(train_step, "clock", lambda device: passed[0])
+    monkeypatch.setattr(peers, "open_peer", taking(100, peers.open_peer))
+    monkeypatch.setattr(peers, "keep", taking(1, peers.keep))
+    options = train_step.arguments(words)
+    assert [train_step.theirs(options, caches=caches).caching_s for caches in (True, False)] == [1, 0]
+
+
 REFUSED = {
     "kohya": (["--against", "diffusers,kohya=/nowhere"], "cannot be run here"),
     "script": (["--script", "/nowhere/train.py"], "is no file"),
@@ -159,16 +176,21 @@ def test_a_script_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None
         peers.seconds_per_step([sys.executable, str(script)], lambda steps: [], steps=1, out=tmp_path)
 
 
-def test_drawing_with_loras_and_another_strength(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("targets", ["attn", "attn-mlp"])
+def test_drawing_with_loras_and_another_strength(targets: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--base", str(tiny_base), "--rounds", "1", "--steps", "2", "--out", str(tmp_path), "--json", str(tmp_path / "draw.json")]
+    command += ["--targets", targets] + ["--parts", "strength"] * (targets != "attn")
     assert generate.main(command) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "draw.json").read_text())
-    assert set(found["latency"]) == set(found["ten"]) == {"base", "folded", "beside"}
+    if targets == "attn":
+        assert set(found["latency"]) == set(found["ten"]) == {"base", "folded", "beside"}
+    assert set(found["strength"]) == {"ours", "folding", "between steps", "diffusers", "left"}
     left = found["strength"]["left"]
-    assert left["modules"] > 30
+    assert left["modules"] > {"attn": 30, "attn-mlp": 45}[targets]
+    assert left["load_s"] > 0
     assert left["ours_changed"] == 0
-    assert len(list(tmp_path.glob("*-random-*.safetensors"))) == 10
+    assert len(list(tmp_path.glob("*-random-*.safetensors"))) == {"attn": 10, "attn-mlp": 1}[targets]
     assert f"Taken out again, 0 of {left['modules']} weights differ" in said
     assert "of diffusers' unfuse and fuse" in said.strip().splitlines()[-1]
 

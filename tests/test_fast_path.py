@@ -92,6 +92,17 @@ def test_clipping_and_the_optimizer_take_ten_launches_however_many_modules_there
     assert seen.count <= 10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bases_number_format_is_its_own_whatever_sits_in_it(dtype: torch.dtype, tiny_base: Path) -> None:
+    base = base_files.load(str(tiny_base), device=torch.device("cpu"), dtype=dtype)
+    lora.add(base.unet, rank=2, alpha=1, targets=["*"], generator=torch.Generator())
+    assert isinstance(base.unet.conv_in, lora.LoRALayer)  # the first weight of all
+    assert {weight.dtype for weight in lora.parameters(base.unet)} == {torch.float32}
+    assert base.dtype == base.unet.dtype == dtype
+    lora_flat.pack(lora.parameters(base.unet))
+    assert base.dtype == dtype
+
+
 def linears(count: int, *, wide: int, out: int, rank: int) -> list[Linear]:
     torch.manual_seed(0)
     return [

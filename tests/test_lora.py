@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from sdlora import deltas, lora
 from sdlora.deltas import Full, Hadamard, Kronecker, LowRank, Update
@@ -90,6 +91,51 @@ def test_folding_answers_the_same_and_unfolding_returns_the_exact_bytes(dtype: t
     for name, layer in lora.layers(net).items():
         assert torch.equal(lora.base_weight(layer.base), before[name])
     assert torch.equal(net(picture().to(dtype)), unfolded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_fold_is_the_pristine_weight_and_all_deltas_rounded_once(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    net, strengths = fresh(), {"default": 0.7, "second": -1.3, "third": 0.4}
+    for name in ("second", "third"):
+        lora.add(net, rank=3, alpha=5, targets=["to_*", "conv"], generator=torch.Generator().manual_seed(6), adapter=name)
+        for weight in lora.parameters(net, name)[1::2]:
+            nn.init.normal_(weight, std=0.3)
+    for layer in lora.layers(net).values():
+        layer.base.to(dtype)
+    net.conv.base.to(memory_format=layout)  # type: ignore[operator, union-attr]
+    pristine = {name: lora.base_weight(layer.base).clone() for name, layer in lora.layers(net).items()}
+    lora.fold(net)
+    for name, strength in strengths.items():
+        lora.set_strength(net, strength, name)
+    lora.fold(net)
+    for name, layer in lora.layers(net).items():
+        exact = pristine[name].double()
+        for voice, strength in strengths.items():
+            change = deltas.delta(lora.export(layer.voice(voice)), pristine[name])
+            assert change is not None
+            exact = exact + change.double() * strength
+        found, spacing = lora.base_weight(layer.base).double(), torch.finfo(dtype).eps * exact.abs().clamp_min(1e-3)
+        assert bool(((found - exact).abs() <= 0.5 * spacing + 1e-6).all())
+        assert layer.pristine is not None
+        assert torch.equal(layer.pristine, pristine[name])
+    lora.remove(net)
+    assert all(torch.equal(lora.base_weight(net.get_submodule(name)), weight) for name, weight in pristine.items())
+
+
+def test_another_strength_is_one_product_per_layer_and_what_a_first_fold_gives() -> None:
+    net, other = fresh(), fresh()
+    lora.fold(net)
+    lora.set_strength(net, 0.4)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        lora.fold(net)
+    counted = {event.key: event.count for event in seen.key_averages()}
+    assert counted["aten::addmm"] == len(lora.layers(net)) == 3
+    assert counted.get("aten::mm", 0) == counted.get("aten::add", 0) == 0
+    lora.set_strength(other, 0.4)
+    lora.fold(other)
+    for name, layer in lora.layers(net).items():
+        assert torch.equal(lora.base_weight(layer.base), lora.base_weight(lora.layers(other)[name].base))
 
 
 def test_strength_zero_is_the_base_exactly_and_strength_scales_the_update() -> None:

@@ -180,6 +180,7 @@ def train_autoencoder(work: Path, *, steps: int, batch: int = 16) -> Autoencoder
     model = autoencoder()
 
     def losses(step: int) -> dict[str, Tensor]:
+        """What a batch of pictures loses there and back: "loss" is the weighted sum [] of all errors, the others are to watch."""
         chosen = np.random.default_rng([SEED, step, 1]).integers(len(pictures), size=batch)
         images = to_tensor(pictures[chosen])
         with torch.autocast("cpu", torch.bfloat16):
@@ -246,6 +247,7 @@ def train_unet(
     noise_schedule = schedule()
 
     def losses(step: int) -> dict[str, Tensor]:
+        """The mean squared error [] of the noise that the UNet finds in a batch of latents, with varied captions."""
         rng = np.random.default_rng([SEED, step, 2])
         chosen = rng.integers(len(latents), size=batch)
         words = [varied(captions[i], rng) for i in chosen]
