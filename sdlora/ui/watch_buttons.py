@@ -79,12 +79,10 @@ def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
         UserError: if there is no LoRA file of it yet.
     """
     folder = watch_actions.job_of(roots, line, key).folder
-    settings, best = watch_actions.settings_of(folder), lora_shelf.look(folder).best
+    settings, best = watch_actions.settings_of(folder), chosen.best(lora_shelf.look(folder))
     name = str(settings.get("name") or folder.name)
     result = run_folder.result_path(folder, name)
-    saved, marked = run_folder.checkpoints(folder, name), chosen.read(folder)
-    if marked and marked.step in saved:
-        best = runs.Best(marked.step, marked.strength, path=saved[marked.step])  # what a person has marked goes before what the run says
+    saved = run_folder.checkpoints(folder, name)
     path = (best.path if best else None) or (result if result.is_file() else next(reversed(saved.values()), None))
     if path is None:
         raise UserError(f"Run {folder.name} has saved no LoRA yet; press Save now, or wait until it has.")
