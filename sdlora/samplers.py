@@ -1,7 +1,8 @@
 """The samplers and schedule types by the names under which people know them, each a scheduler of diffusers.
 
 A sampler says how a step is taken, a schedule type where the steps lie. Not every scheduler of diffusers can lie its steps everywhere,
-and what it cannot is refused instead of being drawn another way. LMS and the schedule type Beta need SciPy, which nothing else here does.
+and what it cannot is refused instead of being drawn another way. LMS and the schedule type Beta need SciPy, which nothing else here does,
+and diffusers' DPM2 does not run with NumPy 2.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from sdlora.errors import UserError
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM++ 2M SDE Heun": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
     "Heun": ("HeunDiscreteScheduler", {}),
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "UniPC": ("UniPCMultistepScheduler", {}),
     "LCM": ("LCMScheduler", {}),
 }
@@ -30,7 +33,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "Exponential": {"use_exponential_sigmas": True},
     "SGM Uniform": {"timestep_spacing": "trailing"},
 }
-STOCHASTIC = ("DPM++ 2M SDE", "Euler a", "LCM")
+STOCHASTIC = ("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "Euler a", "LCM")
 LCM_STEPS = 50  # the steps that an LCM was distilled from; it draws in some of them
 _NOISE = (
     "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "steps_offset", "rescale_betas_zero_snr",
