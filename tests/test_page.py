@@ -30,7 +30,7 @@ CHROMIUM_OPTIONS = [
     "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE_MS = 120_000  # a machine with two busy cores needs it
+PATIENCE_MS = 240_000  # a machine with two busy cores needs it
 
 
 @pytest.fixture(scope="module")
