@@ -576,3 +576,20 @@ def test_twenty_programs_at_once_are_all_answered(place: Studio, form: Form, tmp
 
 def test_every_control_of_the_form_is_on_the_page() -> None:
     assert {one.name for one in fields(Form)} <= {one.name for one in fields(Parts)}
+
+
+def test_on_a_gpu_a_training_gets_the_room_of_the_base_once_no_drawing_is_at_work(
+    place: Studio, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press(place, form)
+    assert studios.make_room(place)
+    assert place.base is not None  # on the CPU both go on side by side
+    assert studios.is_free(place)
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))
+    assert not studios.is_free(place)
+    with place.busy:
+        assert not studios.make_room(place)
+    assert place.base is not None
+    assert studios.make_room(place)
+    assert place.base is None
+    assert studios.is_free(place)
