@@ -6,7 +6,7 @@ pictures say, and the truth: pictures of prompts that the base never saw, judged
 in points of 100: for a style, pictures in the style, and pictures that show the thing, colour and background asked for; for a
 character, pictures that show it when called, pictures without its name in which it is absent, and those that show what was asked for.
 The reader of stained glass looks at fewer places than `sdlora.mini.evaluate` lets it (96 % of its readings are the same, in a quarter of
-the time), and pictures are drawn in 6 steps and bf16. Everything is kept in FOLDER, so an interrupted benchmark goes on, and a larger
+the time), and pictures are drawn in 6 steps. Everything is kept in FOLDER, so an interrupted benchmark goes on, and a larger
 --count draws only more.
 """
 
@@ -255,8 +255,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=480)
-    parser.add_argument("--every", type=int, default=60)
-    parser.add_argument("--count", type=int, default=40, help="prompts for the judge, in blocks of 40")
+    parser.add_argument("--every", type=int, default=96)
+    parser.add_argument("--count", type=int, default=120, help="prompts for the judge, in blocks of 40")
     options = parser.parse_args()
     reader.STRIDE, reader.LENGTHS = STRIDE, LENGTHS
     cases = []
