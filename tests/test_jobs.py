@@ -87,7 +87,7 @@ def test_jobs_run_one_after_the_other_and_one_that_fails_blocks_nobody(line: Job
 def test_a_killed_run_says_so_and_goes_on_where_it_was_saved(line: Jobs, tiny_base: Path, pictures: Path) -> None:
     folder = put(line, make(tiny_base, pictures, steps=4000, save_every=5))
     jobs.start_next(line)
-    wait_for(lambda: list(folder.glob("state/*")))
+    wait_for(lambda: list(folder.glob("state/[0-9]*/state.json")))
     assert state(line, folder) == "running"
     again = Jobs(line.runs)  # the page was started anew meanwhile
     assert state(again, folder) == "running"

@@ -143,4 +143,4 @@ def test_a_hostile_text_takes_no_time() -> None:
         assert told is None or told.lora_hashes is not None
         told = png_settings.read(f'x\n{LINE}, Lora hashes: "{text}"')
         assert told is None or told.lora_hashes is not None
-    assert time.process_time() - began_s < 5
+    assert time.process_time() - began_s < 60  # hours if it grew with the square; seconds on a slow processor

@@ -409,7 +409,7 @@ def test_a_training_outlives_its_browser_and_its_page_and_one_that_is_killed_say
         client.close()
     with served(roots, Jobs(roots.runs)) as demo:  # the browser is closed, the page was started anew
         client = Client(str(demo.local_url), verbose=False)
-        wait_for(lambda: list(folder.glob("state/*")) or jobs.look(line, folder).state == "failed")
+        wait_for(lambda: list(folder.glob("state/[0-9]*/state.json")) or jobs.look(line, folder).state == "failed")
         shown = client.predict("", api_name="/watch_job")
         assert (shown["id"], shown["state"], shown["steps"]) == (job, "running", 100_000)
         owner = run_lock.owner(folder)
