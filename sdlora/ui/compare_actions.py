@@ -142,12 +142,14 @@ def draw_sheet(roots: Roots, studio: Studio, desk: Desk, session: str, language:
         yield {"go": gr.update(interactive=False), "stop": gr.update(interactive=True), "status": status(Drawing(), order, language)}
         drawn, shown_s = -1, 0.0
         for state in side_work.run(desk, session, lambda stop: draw(studio, order, stop)):
+            last = state
+            if state.ended:  # that it is done is said when its pictures can be clicked
+                continue
             changes: dict[str, Any] = {"status": status(state, order, language)}
             if state.size_px and not state.ended and state.pictures != drawn and time.monotonic() - shown_s > LIVE_S:
                 drawn, shown_s = state.pictures, time.monotonic()
                 changes |= {"sheet": gr.update(value=live(order.sheet, state), visible=True), "welcome": gr.update(visible=False)}
             yield changes
-            last = state
         yield free | _finished(roots, order, last) | {"status": status(last, order, language)}
     except UserError as problem:
         yield free | {"status": message(str(problem), kind="bad")}
