@@ -201,6 +201,7 @@ def test_a_second_pass_is_larger(place: Studio, form: Form) -> None:
         ({"loras": [row("torn")]}, "torn.safetensors is damaged"),
         ({"picture": painted(), "hires_scale": 2}, "take the picture away"),
         ({"picture": painted(), "denoise": 0.1}, "leaves no step"),
+        ({"picture": {"background": Image.new("RGBA", (32, 32)), "layers": []}}, "came as nothing but white"),
     ],
 )
 def test_bad_input_is_one_escaped_sentence(place: Studio, form: Form, changed: dict[str, Any], sentence: str) -> None:

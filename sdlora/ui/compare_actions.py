@@ -146,7 +146,7 @@ def draw_sheet(roots: Roots, studio: Studio, desk: Desk, session: str, language:
             if state.ended:  # that it is done is said when its pictures can be clicked
                 continue
             changes: dict[str, Any] = {"status": status(state, order, language)}
-            if state.size_px and not state.ended and state.pictures != drawn and time.monotonic() - shown_s > LIVE_S:
+            if state.size_px and state.pictures != drawn and time.monotonic() - shown_s > LIVE_S:
                 drawn, shown_s = state.pictures, time.monotonic()
                 changes |= {"sheet": gr.update(value=live(order.sheet, state), visible=True), "welcome": gr.update(visible=False)}
             yield changes

@@ -115,7 +115,7 @@ def source_of(picture: Any) -> Source | None:
     """The picture of an editor's value, with what was painted over it as mask; None if there is no picture.
 
     Raises:
-        UserError: if it is too large.
+        UserError: if it is too large, or nothing but white.
     """
     background = picture.get("background") if isinstance(picture, dict) else picture
     if not isinstance(background, Image.Image):
@@ -124,6 +124,11 @@ def source_of(picture: Any) -> Source | None:
         raise UserError(f"The picture has {background.width}x{background.height} px; a side may have {4 * studios.LARGEST_SIDE_PX}.")
     over_white = Image.new("RGBA", background.size, "white")
     over_white.alpha_composite(background.convert("RGBA"))
+    if np.asarray(over_white.convert("RGB")).min() == 255:  # an editor without WebGL shows the picture and sends white
+        raise UserError(
+            "The picture to begin with came as nothing but white; choose one if there is none, or turn on hardware acceleration (WebGL) in "
+            "the browser, without which it cannot be sent."
+        )
     painted = np.zeros((background.height, background.width), dtype=bool)
     for layer in (picture.get("layers") or []) if isinstance(picture, dict) else []:
         if isinstance(layer, Image.Image):
