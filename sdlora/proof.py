@@ -55,10 +55,10 @@ def judged(run: Config, folder: Path, ready: Prepared) -> Verdict | None:
     saved = {look.step for look in looks if look.step and run_folder.lora_path(folder, run, look.step).is_file()}
     if not ready.exam or not saved:
         return None
-    file = run_folder.lora_path(folder, run, verdict.recommended(looks, saved=saved))
+    file = run_folder.lora_path(folder, run, verdict.recommended(looks, kind=run.kind, saved=saved))
     generate.load_lora(ready.base, LoRA(file))
     strengths = validation.losses_at_strengths(ready.base, ready.exam, batch=PAIRS)
-    found = verdict.verdict(looks, strengths=strengths, saved=saved)
+    found = verdict.verdict(looks, kind=run.kind, strengths=strengths, saved=saved)
     told = asdict(found) | {"path": str(file.relative_to(folder)), "trigger": run.trigger}
     files.write(folder / "verdict.json", json.dumps(told, indent=2, ensure_ascii=False).encode())
     return found

@@ -172,6 +172,11 @@ def checkpoints(folder: Path, name: str) -> dict[int, Path]:
     return dict(sorted((int(found[1]), path) for path in (folder / "checkpoints").glob("*") if (found := named.fullmatch(path.name))))
 
 
+def has_lora(folder: Path) -> bool:
+    """Whether a run has saved a LoRA, its result or that of a step."""
+    return any(next(place.glob("*.safetensors"), None) for place in (folder, folder / "checkpoints"))
+
+
 def states_path(folder: Path) -> Path:
     """Where the states lie that the run can go on from."""
     return folder / "state"

@@ -279,5 +279,5 @@ def not_finite(go: Course, step: int) -> str:
     remedy = 'set precision = "bf16" or "fp32"' if base.dtype == torch.float16 else "lower optimizer.learning_rate"
     return (
         f"The loss or a gradient of step {step} is not finite ({'; '.join(told)}); nothing of this step was kept, and checkpoints saved "
-        f"before stand. Usually it helps to {remedy}; if it is always the same picture, take that out. Then the same command goes on."
+        f"before stand. Usually it helps to {remedy}; if it is always one picture, take that out. Then the run goes on from the newest."
     )

@@ -221,7 +221,7 @@ def test_stop_is_for_ones_own_sheet_alone_and_ends_it_after_its_step(roots: Root
     counted = len(steps)
     states += list(work)
     assert len(steps) <= counted + 1
-    assert "Stopped. 0 of 6 pictures" in states[-1]["status"]
+    assert re.search("Stopped. [01] of 6 pictures", states[-1]["status"])  # between two looks a slow machine draws a whole one
     assert not studio.busy.locked()
     assert not desk.stops
 

@@ -74,6 +74,15 @@ def test_a_look_that_is_learned_further_is_worth_some_error_but_not_any() -> Non
     assert "longer run" not in last.reason  # the error has begun to rise
 
 
+def test_of_a_character_less_error_is_given_for_what_is_learned_further() -> None:
+    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.06, 0.05])
+    assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 300]  # twice as near to its own pictures
+    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.1, 0.05])
+    assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 200]
+    told = verdict.verdict(rows, kind="character")
+    assert "predicted best there" in told.reason
+
+
 def test_memorising_before_the_recommended_checkpoint_is_said_too() -> None:
     told = verdict.verdict(looks([0.127, 0.122, 0.131, 0.14, 0.143], [0.12, 0.11, 0.08, 0.06, 0.058]))
     assert (told.step, told.overfitting) == (400, True)

@@ -1,7 +1,7 @@
 """The whole page in a real browser, as somebody new uses it: from pictures to a pair with and without; readable for everybody."""
 
-import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import gradio as gr
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from sdlora.ui import page
+from sdlora.errors import UserError
+from sdlora.ui import page, watch_buttons
 from sdlora.ui.roots import Roots
+from tests.shelf import free_port, make_roots
 from tests.test_page import CHROMIUM, CHROMIUM_OPTIONS, PATIENCE_MS
 
 pytestmark = [
@@ -28,12 +30,18 @@ def demo(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The page as it is served, with nothing in its folders but a base."""
     place = tmp_path_factory.mktemp("whole")
     roots = Roots(*(place / name for name in ("runs", "loras", "data", "bases", "outputs", "trash")), str(tiny_base))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    served = page.launch(roots, port=port, wait=False)
-    yield served
-    served.close(verbose=False)
+    with on_page(roots) as served:
+        yield served
+
+
+@contextmanager
+def on_page(roots: Roots) -> Iterator[gr.Blocks]:
+    """The page over some roots, listening on a free port of this computer."""
+    served = page.launch(roots, port=free_port(), wait=False)
+    try:
+        yield served
+    finally:
+        served.close(verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +102,24 @@ def test_five_actions_lead_from_pictures_to_a_pair_with_and_without(browser: Bro
     expect(tab.locator("#status .message.good")).to_be_visible(timeout=PATIENCE_MS)
     assert problems == []
     tab.context.close()
+
+
+def test_a_refused_jump_to_generate_does_not_spoil_the_next_one(
+    browser: Browser, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UserError("not now")
+
+    with on_page(make_roots(tiny_base, tmp_path)) as demo:
+        tab = opened(browser, demo)
+        tab.locator("#watch-job input").click()
+        tab.get_by_role("option", name="cups", exact=True).click()
+        with monkeypatch.context() as patch:
+            patch.setattr(watch_buttons, "setting_of", refuse)
+            tab.locator("#watch-use").click()
+            expect(tab.locator("#watch-status")).to_contain_text("not now")
+        tab.locator("#watch-use").click()
+        expect(tab.locator("#loras .card .name")).to_have_text("cups", timeout=PATIENCE_MS)
+        tab.locator("#loras .add").click()
+        expect(tab.locator("#loras .result").first).to_be_visible()
+        tab.context.close()

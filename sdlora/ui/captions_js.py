@@ -76,13 +76,22 @@ const build = (one) => {
   area.placeholder = texts.card_empty;
   area.setAttribute("aria-label", texts.card_caption + " " + one.name);
   state.setAttribute("role", "status");
-  area.addEventListener("input", () => { state.textContent = ""; });
-  area.addEventListener("change", async () => {
-    const told = await server.write([props.value.set, one.id, area.value]);
+  let timer;
+  const save = async () => {
+    clearTimeout(timer);
+    const sent = area.value, told = await server.write([props.value.set, one.id, sent]);
+    if (!told && area.value === sent) delete area.dataset.typed;
     state.className = "state" + (told ? " bad" : "");
     state.textContent = told || texts.card_saved;
-    if (!told) trigger("submit");
+    return !told;
+  };
+  area.addEventListener("input", () => {
+    area.dataset.typed = "yes";
+    state.textContent = "";
+    clearTimeout(timer);
+    timer = setTimeout(save, 1000);  // a tab may be closed before the caption is left
   });
+  area.addEventListener("change", async () => { if (await save()) trigger("submit"); });
   head.append(name, away);
   body.append(head, area, state);
   card.append(shot, body, make("ul"));
@@ -90,7 +99,7 @@ const build = (one) => {
 };
 const fill = (card, one) => {
   const area = card.querySelector("textarea");
-  if (document.activeElement !== area) area.value = one.caption;
+  if (document.activeElement !== area && !area.dataset.typed) area.value = one.caption;  // an older answer does not undo what was typed
   card.className = "card " + worst(one.findings);
   card.querySelector("ul").replaceChildren(...one.findings.map(finding));
 };

@@ -94,7 +94,7 @@ def _choices(roots: Roots) -> dict[str, Any]:
     """What is compared."""
     made: dict[str, Any] = {}
     made["loras"] = _list("loras", lora_shelf.choices_of(roots), multiselect=True, value=[])
-    made["run"] = _list("run", lora_shelf.runs_of(roots), value=None)
+    made["run"] = _list("run", lora_shelf.runs_with_loras(roots), value=None)
     made["refresh"] = gr.Button(words.label("compare.refresh"), size="sm", elem_id="compare-refresh", elem_classes="flat")
     made["strengths"] = gr.Textbox(
         "0.5, 1",
@@ -184,7 +184,8 @@ def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
         """Looks again which LoRA files, runs and bases there are."""
         found, language = lora_shelf.choices_of(roots), words.language_of(request.headers)
         said = message(words.say("compare.found", language, count=len(found)))
-        return gr.update(choices=found), gr.update(choices=lora_shelf.runs_of(roots)), gr.update(choices=lora_shelf.bases_of(roots)), said
+        runs, bases = lora_shelf.runs_with_loras(roots), lora_shelf.bases_of(roots)
+        return gr.update(choices=found), gr.update(choices=runs), gr.update(choices=bases), said
 
     def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
         """Chooses all checkpoints of a run."""

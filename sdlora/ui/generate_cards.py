@@ -46,8 +46,9 @@ def control(studio: Studio, *, base: str) -> gr.HTML:
     def look(told: object) -> dict[str, Any]:
         return card(studio, *_pair(told))
 
+    script = f"const TEXTS = {json.dumps(texts)}, BASE = {json.dumps(base)};\n{SCRIPT}"
     return gr.HTML(
-        {"chosen": []}, base=base, html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False, texts=texts,
+        {"chosen": []}, html_template=HTML, css_template=CSS, js_on_load=script, apply_default_css=False,
         server_functions=[find, look], elem_id="loras", label="LoRA",
     )  # fmt: skip
 

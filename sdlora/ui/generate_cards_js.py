@@ -64,13 +64,14 @@ const make = (tag, className, text) => {
 };
 """
 
+# TEXTS and BASE are written into the script: in a tab that was not open yet an event that changes nothing takes gradio's own props away.
 SCRIPT = (
     MAKE
     + r"""
-const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
+const texts = TEXTS[(navigator.language || "en").slice(0, 2)] || TEXTS.en;
 const [cards, add, picker, search, count, results] =
   [".cards", ".add", ".picker", ".search", ".count", ".results"].map((one) => element.querySelector(one));
-const base = () => window.sdloraBase || props.base;
+const base = () => window.sdloraBase || BASE;
 const known = new Map();
 let asked = 0, drawn = "";
 const value = () => JSON.parse(JSON.stringify(props.value || { chosen: [] }));

@@ -170,10 +170,23 @@ def rename(roots: Roots, key: str, name: str, language: str) -> str:
         UserError: if it is not there, or the name cannot be given.
     """
     path = _lora(roots, key)
+    free_name(roots, name)
     if shelf.run_of(path):
         copy = lora_moves.take_in(path, roots.loras, name or "")
         return words.say("library.copied", language, name=path.stem, new=copy.stem)
     return words.say("library.renamed", language, name=path.stem, new=lora_moves.rename(path, name or "").stem)
+
+
+def free_name(roots: Roots, name: str) -> str:
+    """A new LoRA's name that no other has, wherever it lies: a prompt calls LoRAs by name.
+
+    Raises:
+        UserError: if it cannot be a name, or is taken.
+    """
+    found = lora_moves.checked_name(name or "")
+    if any(path.stem == found for path in lora_shelf.paths(roots).values()):
+        raise UserError(f"A LoRA called {found} is there already, and prompts call LoRAs by name; choose another name.")
+    return found
 
 
 def delete(roots: Roots, key: str, sure: bool, language: str) -> str:
@@ -203,7 +216,7 @@ def take_in(roots: Roots, upload: str | None, name: str, language: str) -> str:
         raise UserError("No file was given; drop a .safetensors file first.")
     source = Path(upload)
     try:
-        path = lora_moves.take_in(source, roots.loras, (name or "").strip() or source.stem)
+        path = lora_moves.take_in(source, roots.loras, free_name(roots, (name or "").strip() or source.stem))
     except UserError as problem:
         raise UserError(str(problem).replace(str(source), source.name)) from problem
     return words.say("library.imported", language, name=path.stem)
@@ -249,7 +262,7 @@ def resize(studio: Studio, key: str, name: str, limit: str, amount: Any, base: s
     if limit not in LIMITS:
         raise UserError(f"Limit {places.shown(str(limit))} is unknown; there are {', '.join(LIMITS)}.")
     share_of = number(amount, "The amount", 0, 4096, whole=limit == "rank")
-    stem = lora_moves.free(roots.loras, lora_moves.checked_name(name or "")).stem
+    stem = lora_moves.free(roots.loras, free_name(roots, name)).stem
     given: dict[str, Any] = {limit: int(share_of) if limit == "rank" else share_of}
     yield from keep(roots, stem, lora_extract.resize(path, name=stem, weights=weights_of(studio, base), **given), language)
 
@@ -261,7 +274,7 @@ def convert(roots: Roots, key: str, name: str, to: str, language: str) -> Iterat
         UserError: if it is not there, or the layout is unknown.
     """
     path = _lora(roots, key)
-    stem = lora_moves.free(roots.loras, lora_moves.checked_name(name or "")).stem
+    stem = lora_moves.free(roots.loras, free_name(roots, name)).stem
     yield from keep(roots, stem, iter([lora_merge.convert(path, to=str(to), name=stem)]), language)
 
 

@@ -79,6 +79,7 @@ class Parts:
     preview: gr.Button
     merge: gr.Button
     stop: gr.Button
+    merge_status: gr.HTML
     row: gr.Image
 
 
@@ -225,6 +226,7 @@ def _merge(roots: Roots, base: str) -> dict[str, Any]:
                 made["preview"] = _button("preview")
                 made["merge"] = gr.Button(words.label("library.do_merge"), variant="primary", min_width=120, elem_id="library-merge")
                 made["stop"] = _button("stop", variant="stop", interactive=False, min_width=80)
+    made["merge_status"] = gr.HTML(elem_id="library-merge-status", padding=False)
     made["row"] = gr.Image(
         show_label=False, label=words.label("library.preview"), format="png", interactive=False, buttons=["download", "fullscreen"],
         visible=False, height="auto", alt_text="preview", elem_id="library-row",

@@ -67,7 +67,7 @@ def merge(studio: Studio, name: str, language: str, *values: Any) -> Iterator[st
         UserError: if the recipe or the name is not as it must be, or the files do not go together.
     """
     recipe = recipe_of(studio, *values)
-    stem = lora_moves.free(studio.roots.loras, lora_moves.checked_name(name or "")).stem
+    stem = lora_moves.free(studio.roots.loras, actions.free_name(studio.roots, name)).stem
     yield from actions.keep(studio.roots, stem, merged(recipe, stem), language)
 
 

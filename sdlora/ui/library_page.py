@@ -63,8 +63,10 @@ def _looking(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> Non
         said = words.say("library.found", language, loras=len(listed) - runs, runs=runs)
         return shown, gr.update(value=at, maximum=last), gr.update(choices=listed), message(said)
 
-    def on_look(key: str, request: gr.Request) -> tuple[str, str, str, str]:
+    def on_look(key: str | None, request: gr.Request) -> tuple[str, str, str, str]:
         """Shows what is known of a LoRA file or a run by its id."""
+        if not key:
+            return "", "", "", ""
         try:
             return (*actions.look(roots, key, _language(request)), "", "")
         except UserError as problem:
@@ -121,10 +123,13 @@ def _changing(roots: Roots, parts: Parts) -> None:
         language = _language(request)
         return actions.said(language, lambda: actions.rename(roots, key, name, language))
 
-    def on_delete(key: str, sure: bool, request: gr.Request) -> tuple[str, bool]:
+    def on_delete(key: str, sure: bool, request: gr.Request) -> tuple[str, bool, Any]:
         """Moves a LoRA file or a run to the trash folder."""
         language = _language(request)
-        return actions.said(language, lambda: actions.delete(roots, key, sure, language)), False
+        try:
+            return message(actions.delete(roots, key, sure, language), kind="good"), False, None  # what is gone is chosen no more
+        except UserError as problem:
+            return message(actions.clean(str(problem)), kind="bad"), False, gr.skip()
 
     def on_import(upload: str | None, name: str, request: gr.Request) -> str:
         """Checks an uploaded LoRA file and keeps it."""
@@ -146,7 +151,7 @@ def _changing(roots: Roots, parts: Parts) -> None:
     )  # fmt: skip
     for event in (
         parts.rename.click(on_rename, [parts.chosen, parts.name], status, api_name="library_rename", **WORK, **QUIET),
-        parts.delete.click(on_delete, [parts.chosen, parts.sure], [status, parts.sure], api_name="library_delete", **QUIET),
+        parts.delete.click(on_delete, [parts.chosen, parts.sure], [status, parts.sure, parts.chosen], api_name="library_delete", **QUIET),
         parts.do_import.click(on_import, [parts.upload, parts.import_name], status, api_name="library_import", **WORK, **QUIET),
     ):
         _list_again(roots, parts, event)
@@ -220,8 +225,8 @@ def _merging(roots: Roots, studio: Studio, parts: Parts) -> None:
 
     for slot in parts.parts:
         slot.focus(on_focus, outputs=parts.parts, queue=False, api_visibility="private", **QUIET)
-    merged = parts.merge.click(on_merge, [parts.merge_name, *recipe], parts.status, api_name="library_merge", **WORK, **QUIET)
+    merged = parts.merge.click(on_merge, [parts.merge_name, *recipe], parts.merge_status, api_name="library_merge", **WORK, **QUIET)
     _list_again(roots, parts, merged)
-    shown = [parts.status, parts.row, parts.stop]
+    shown = [parts.merge_status, parts.row, parts.stop]
     parts.preview.click(on_preview, [parts.prompt, parts.seed, *recipe], shown, api_name="library_merge_preview", **GPU, **QUIET)
-    parts.stop.click(on_stop, outputs=parts.status, queue=False, api_name="library_stop", **QUIET)
+    parts.stop.click(on_stop, outputs=parts.merge_status, queue=False, api_name="library_stop", **QUIET)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora import chosen, images, run_lock, runs, shelf
+from sdlora import chosen, images, run_folder, run_lock, runs, shelf
 from sdlora.errors import UserError
 from sdlora.runs import Run
 from sdlora.shelf import Facts
@@ -181,6 +181,12 @@ def runs_of(roots: Roots) -> list[tuple[str, str]]:
     """What the list of runs offers, by the folder's name."""
     found = ((folder.name.encode("utf-8", "replace").decode(), key) for key, folder in run_folders(roots).items())
     return sorted(found, key=lambda pair: pair[0].lower())
+
+
+def runs_with_loras(roots: Roots) -> list[tuple[str, str]]:
+    """As `runs_of`, without runs that have saved none yet."""
+    folders = run_folders(roots)
+    return [(name, key) for name, key in runs_of(roots) if run_folder.has_lora(folders[key])]
 
 
 def bases_of(roots: Roots) -> list[tuple[str, str]]:

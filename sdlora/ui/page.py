@@ -27,7 +27,6 @@ from sdlora.ui.words import label
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 LARGEST_UPLOAD = "4gb"  # a LoRA of everything in SDXL has 3; each page has a limit of its own
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-TITLE = """<h1>sdlora</h1><p>Train a Stable Diffusion LoRA, and see what it changes.</p>"""
 _OWN = """
 .gradio-container { max-width: 1360px !important; width: 100% !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.9rem; font-weight: 700; margin: 0; letter-spacing: -0.02em; }
@@ -83,8 +82,12 @@ def build(roots: Roots, studio: Studio | None = None) -> gr.Blocks:
             raise UserError(f"Folder {roots.outputs} holds {inside}, and all that it holds can be read from the page; choose another.")
     studio, jobs = studio or Studio(roots), Jobs(roots.runs)
     demo: gr.Blocks
+
+    def on_load(request: gr.Request) -> str:
+        return _title(words.language_of(request.headers))
+
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as demo:
-        gr.HTML(TITLE, elem_id="title", padding=False)
+        title = gr.HTML(_title("en"), elem_id="title", padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(label("page.train"), id="train", elem_id="tab-train"):
                 training = train_page.layout(roots, jobs, base=roots.first)
@@ -94,6 +97,7 @@ def build(roots: Roots, studio: Studio | None = None) -> gr.Blocks:
                 comparing = compare_page.layout(roots, studio, base=roots.first)
             with gr.Tab(label("page.library"), id="library", elem_id="tab-library") as library_tab:
                 shelf = library_page.layout(roots, studio, base=roots.first)
+        demo.load(on_load, outputs=title, **QUIET)
         generate_page.wire(roots, studio, drawing, demo)
         library_page.wire(roots, studio, shelf, demo)
         for tab, name in ((compare_tab, "compare"), (library_tab, "library")):  # what was trained meanwhile is in the lists
@@ -137,6 +141,10 @@ def launch(
     if wait:
         demo.block_thread()
     return demo
+
+
+def _title(language: str) -> str:
+    return f"<h1>{words.say('page.title', language)}</h1><p>{words.say('page.subtitle', language)}</p>"
 
 
 def _theme() -> gr.themes.Base:

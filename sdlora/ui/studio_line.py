@@ -192,7 +192,7 @@ def check_order(order: Order) -> None:
     paths = [one.path for one in order.loras]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice:
-        raise UserError(f"LoRA '{twice.stem}' is chosen twice; choose it once and give it the strength that you want.")
+        raise UserError(f"LoRA '{twice.stem}' is chosen twice, on cards or as <lora:…> in the prompt; keep one, at the strength you want.")
     if not 0 <= request.seed <= 2**32 - order.count:
         raise UserError(f"Seed {request.seed} is out of range; it must be from 0 to {2**32 - order.count}.")
     _check_side((request.width_px or 0, request.height_px or 0))

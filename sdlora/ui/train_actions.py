@@ -132,7 +132,8 @@ def measured(
 def _told(made: Forecast, linked: Linked, language: str) -> str:
     """A forecast in a line."""
     run = linked.run
-    held = words.say("train.held_out", language) if run.validation.share else ""
+    is_held, is_looked_at = run.validation.share > 0 or run.validation.folder is not None, run.validation.every != 0
+    held = words.say(f"train.{'held_out' if is_held else 'none_held_out'}", language) if is_looked_at else ""
     values = {
         "steps": f"{run.steps:,}", "batch": run.batch * run.optimizer.accumulation, "memory": f"{made.peak_bytes / GIB:.2g}",
         "free": f"{made.limit_bytes / GIB:.3g}", "disk": size(made.disk_bytes),

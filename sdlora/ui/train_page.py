@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
+from sdlora import jobs as jobs_of
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
 from sdlora.ui import captions_page, gallery, lora_shelf, watch_page, words
@@ -45,9 +46,9 @@ CSS = (
 #train-measure { margin-top: -8px; }
 """
 )
-# The browser keeps its own token (the one that Generate made, too) and which set of pictures it was at.
+# The browser keeps its own token (the one that Generate made, too), which set of pictures it was at, and what it is to be called.
 REMEMBERED = """() => {
-  let token = "", set = "";
+  let token = "", set = "", form = [];
   try {
     token = localStorage.getItem("sdlora-token") || "";
     if (token.length < 32) {
@@ -55,10 +56,13 @@ REMEMBERED = """() => {
       localStorage.setItem("sdlora-token", token);
     }
     set = localStorage.getItem("sdlora-set") || "";
+    form = JSON.parse(localStorage.getItem("sdlora-form") || "[]");
   } catch { /* a browser that keeps nothing: its trainings are the session's */ }
-  return [token, set];
+  const [name, trigger, kind] = Array.isArray(form) && form.length === 3 ? form : ["", "", "style"];
+  return [token, set, name, trigger, kind];
 }"""
 KEEP = """(set) => { try { localStorage.setItem("sdlora-set", set || ""); } catch { /* as above */ } }"""
+KEEP_FORM = """(...form) => { try { localStorage.setItem("sdlora-form", JSON.stringify(form)); } catch { /* as above */ } }"""
 # What was written meanwhile by hand is not replaced by an answer that comes late.
 UNLESS_EDITED = """(fresh, text, shown) => (text || "") === (shown || "") ? [fresh, fresh] : [text, shown]"""
 TO_WATCH = """() => { document.querySelector("#watch-title").scrollIntoView({ behavior: "smooth" }); }"""
@@ -96,7 +100,8 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
         except UserError as problem:
             return message(str(problem), kind="bad"), gr.skip()
         job = places.key_of(roots.runs, folder)
-        return message(words.say("train.started", language, name=folder.name), kind="good"), job
+        told = "waits" if jobs_of.at_work(jobs) else "started"
+        return message(words.say(f"train.{told}", language, name=folder.name), kind="good"), job
 
     def on_started(request: gr.Request, job: str, status: str) -> list[Any]:
         found: list[Any] = on_watch(request, job if 'class="message good"' in (status or "") else "", None)
@@ -105,13 +110,19 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
     def on_load(request: gr.Request) -> tuple[Any, Any]:
         return gr.update(choices=actions.folder_choices(roots)), gr.update(choices=lora_shelf.bases_of(roots))
 
+    def on_ready(request: gr.Request, set_id: str) -> str:
+        return "" if set_id else message(words.say("train.ready", words.language_of(request.headers)))
+
     everything = [parts.key, *form, parts.changes, parts.text, parts.shown, parts.token]
     started = parts.go.click(on_start, everything, [parts.status, parts.watch.job], api_name="train_start", **QUIET)
     seen = started.then(on_started, [parts.watch.job, parts.status], watched, **PRIVATE)
     seen.then(None, parts.status, js=f"(said) => {{ if ((said || '').includes('good')) ({TO_WATCH})(); }}", api_visibility="private")
     demo.load(on_load, outputs=[parts.folder, parts.base], **PRIVATE)
-    remembered = demo.load(None, outputs=[parts.token, parts.key], js=REMEMBERED, **PRIVATE)
-    refresh(remembered.then(**look))
+    remembered = demo.load(None, outputs=[parts.token, parts.key, parts.name, parts.trigger, parts.kind], js=REMEMBERED, **PRIVATE)
+    refresh(remembered.then(on_ready, parts.key, parts.status, **PRIVATE).then(**look))
+    listeners: list[Any] = [parts.name.blur, parts.trigger.blur, parts.kind.input]
+    for listen in listeners:
+        listen(None, [parts.name, parts.trigger, parts.kind], js=KEEP_FORM, **PRIVATE)
     return used
 
 
@@ -180,8 +191,7 @@ def _wire_settings(roots: Roots, parts: Parts) -> Refresh:
             settings.run_of(roots, told, changed, actions.folder_of(roots, set_id), named=False)
         except UserError as problem:
             return *(gr.skip() for _ in range(5)), gr.skip(), message(str(problem), kind="bad")
-        said_now = message(words.say("train.read", words.language_of(request.headers)))
-        return told.name, told.trigger, told.kind, told.base, settings.changes_text(changed), text, said_now
+        return told.name, told.trigger, told.kind, told.base, settings.changes_text(changed), text, gr.skip()
 
     everything = [parts.key, *form, parts.changes, parts.text, parts.shown]
     outputs = [parts.fresh, parts.changes, parts.status]
@@ -197,9 +207,11 @@ def _wire_settings(roots: Roots, parts: Parts) -> Refresh:
         api_name="train_settings_read", **QUIET,
     )  # fmt: skip
     refresh(read)
+    mended: dict[str, Any] = {"fn": _mended, "inputs": [parts.status, parts.text, parts.shown], "outputs": parts.status, "queue": False}
+    read.then(**mended, **PRIVATE)
     written(parts.kind.input(on_settings, everything, outputs, api_name="train_settings", **QUIET))
     for field in (parts.name, parts.trigger):  # a complaint about a field goes when the field is mended
-        field.input(_mended, parts.status, parts.status, queue=False, **PRIVATE)
+        field.input(**mended, **PRIVATE)
     for listen in (parts.name.blur, parts.trigger.blur, parts.base.input, parts.key.change):
         written(listen(on_settings, everything, outputs, **PRIVATE))
     return refresh
@@ -232,7 +244,7 @@ def _wire_forecast(roots: Roots, parts: Parts, demo: gr.Blocks, is_free: Callabl
             asked = roots, set_id, settings.form_of(*told[:-1]), settings.changes_of(told[-1]), language
             counted = actions.counted(*asked)
             if wanted():
-                yield counted
+                yield counted if measure else counted + message(words.say("train.forecast_waits", language), kind="calm")
             while measure and wanted():
                 if trying.acquire(timeout=0.2):
                     try:
@@ -279,6 +291,6 @@ def _measured(work: Iterator[tuple[int, int] | str], counted: str, language: str
             yield counted + message(say, kind="busy", share=one[0] / max(1, one[1]))
 
 
-def _mended(status: str) -> Any:
-    """Takes away a complaint; anything else that was said stays."""
-    return "" if 'class="message bad"' in (status or "") else gr.skip()
+def _mended(status: str, text: str, shown: str) -> Any:
+    """Takes away a complaint, unless it may be about settings that still stand there unread; anything else that was said stays."""
+    return "" if 'class="message bad"' in (status or "") and (text or "") == (shown or "") else gr.skip()

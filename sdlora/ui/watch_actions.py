@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdlora import charts, job_line, jobs, runs
+from sdlora import charts, job_line, jobs, run_folder, runs
 from sdlora.amounts import duration, number, size
 from sdlora.charts import Series
 from sdlora.jobs import Job, Jobs
@@ -142,7 +142,10 @@ def buttons(job: Job) -> tuple[str, ...]:
     found = offered.get(job.state, ("go_on", "use"))
     if job.state not in offered or job.state == "done":
         found += ("put_away",) if job.added_s else ()  # one of a shell is on no list of ours
-    return tuple(one for one in found if one != "report" or (job.folder / "report.html").is_file())
+    missing = {"report"} if not (job.folder / "report.html").is_file() else set[str]()
+    if "use" in found and not run_folder.has_lora(job.folder):
+        missing.add("use")
+    return tuple(one for one in found if one not in missing)
 
 
 def _head(job: Job, course: readings.Course, told: Sequence[dict[str, Any]], settings: dict[str, Any], language: str) -> str:

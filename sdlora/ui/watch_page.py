@@ -27,6 +27,7 @@ POLL_S = 1.5
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
 BUTTONS = (*watch_buttons.REQUESTS, "use", "report", "put_away")
+TO_PAPER = """() => { document.querySelector("#watch-paper").scrollIntoView({ behavior: "smooth" }); }"""
 CSS = """
 #watch-title p { font-size: 1.3rem; font-weight: 700; margin: 18px 0 0; color: var(--body-text-color); }
 #watch-head, #watch-curves, #watch-pictures, #watch-status, :is(#watch-head, #watch-curves, #watch-pictures, #watch-status) > * {
@@ -133,7 +134,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
     Returns:
         The function that looks and its outputs, to be called after another event with a job's id; and the event of "Draw with it".
     """
-    shown = [parts.job, parts.head, parts.curves, parts.pictures, *(getattr(parts, one) for one in BUTTONS), parts.seen]
+    shown = [parts.job, parts.head, parts.curves, parts.pictures, *(getattr(parts, one) for one in BUTTONS), parts.seen, parts.status]
 
     def on_jobs() -> list[dict[str, Any]]:
         """Lists the trainings that are known: id, name, state; those at work come first, then the line."""
@@ -158,8 +159,8 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             except UserError as problem:
                 view = actions.View(message(str(problem), kind="bad"), "", "", ())
         new = {
-            "choices": _mark([choices, key]), "head": _mark(view.head), "curves": _mark(view.curves), "pictures": _mark(view.pictures),
-            "buttons": _mark(view.buttons),
+            "job": key, "choices": _mark([choices, key]), "head": _mark(view.head), "curves": _mark(view.curves),
+            "pictures": _mark(view.pictures), "buttons": _mark(view.buttons),
         }  # fmt: skip
         chosen = key if key in [one for _, one in choices] else None  # a word that is no id is not said back
         values = [
@@ -167,7 +168,10 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             *(gr.update(visible=one in view.buttons) for one in BUTTONS),
         ]  # fmt: skip
         names = ["choices", "head", "curves", "pictures", *["buttons"] * len(BUTTONS)]
-        return [*(value if new[name] != old.get(name) else gr.skip() for name, value in zip(names, values, strict=True)), new]
+        # what was asked for has happened, so that it "will" is said no more
+        over = old.get("job") == key and new["buttons"] != old.get("buttons")
+        found = (value if new[name] != old.get(name) else gr.skip() for name, value in zip(names, values, strict=True))
+        return [*found, new, "" if over else gr.skip()]
 
     def press(request_name: str) -> Any:
         def on_press(request: gr.Request, job: str, token: str = "", question: Any = "") -> tuple[str, str]:
@@ -217,11 +221,13 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             press(name), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{name}", **QUIET
         )  # fmt: skip
         pressed.then(**look, queue=False, **PRIVATE)
-    parts.report.click(on_report, parts.job, [parts.file, parts.status, parts.paper], api_name="watch_report", **QUIET)
+    read = parts.report.click(on_report, parts.job, [parts.file, parts.status, parts.paper], api_name="watch_report", **QUIET)
+    read.then(None, js=TO_PAPER, api_visibility="private")
     away = parts.put_away.click(on_put_away, parts.job, [parts.status, parts.job], queue=False, api_name="watch_put_away", **QUIET)
     away.then(**look, queue=False, **PRIVATE)
     for one in (parts.job.input, parts.put_away.click):  # the report is of the training that was shown
         one(lambda: ("", gr.update(visible=False)), outputs=[parts.paper, parts.file], queue=False, **PRIVATE)
+    parts.job.input(lambda: "", outputs=parts.status, queue=False, **PRIVATE)
     demo.load(**look, queue=False, **PRIVATE)
     used = parts.use.click(on_use, parts.job, [parts.setting, parts.status], api_name="watch_use", **QUIET)
     return on_watch, shown, used
