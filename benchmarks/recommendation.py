@@ -40,7 +40,6 @@ from sdlora.verdict import Verdict
 
 TRIGGERS = {"style": "vitrail", "character": "pip"}
 RATES = {"style": (3e-3, 0.0), "character": (2e-3, 4e-4)}
-EMA = {"style": 0.99, "character": 0.98}  # at a style's rate an average over 50 steps still jumps by several points between checkpoints
 PICTURES, BLOCK = 16, 40
 NEAR, FALLEN = 2.0, 5.0  # points below the best checkpoint: as good, and clearly worse
 LENGTHS, STRIDE = (0.5, 0.58, 0.66, 0.75), 6  # where the reader looks for things in stained glass
@@ -104,7 +103,7 @@ def trained(kind: str, seed: int, folder: Path, *, steps: int, every: int) -> Co
     """The run of a seed, trained unless it has been."""
     write_data(kind, seed, folder / "data")
     rate, text_rate = RATES[kind]
-    optimizer = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "schedule": "constant", "ema": EMA[kind]}
+    optimizer = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "schedule": "constant", "ema": 0.98}
     targets = {"targets": "attn-mlp-conv", "text_targets": "attn", "text_encoder": kind == "character", "rank": 16, "alpha": 16.0}
     values = {
         "base": "mini", "data": str(folder / "data"), "kind": kind, "trigger": TRIGGERS[kind], "name": "run", "steps": steps, "batch": 4,
