@@ -26,7 +26,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdlora import base_files, base_model, captions, config, generate, latents, lora, lora_file, material, train, validation, verdict
+from sdlora import (
+    base_files,
+    base_model,
+    captions,
+    config,
+    generate,
+    latents,
+    lora,
+    lora_file,
+    material,
+    run_folder,
+    train,
+    validation,
+    verdict,
+)
 from sdlora import cache as kept
 from sdlora.base_model import Base
 from sdlora.config import Config
@@ -118,9 +132,9 @@ def trained(kind: str, seed: int, folder: Path, *, steps: int, every: int) -> Co
     return run
 
 
-def checkpoints(folder: Path, steps: int) -> dict[int, Path]:
-    """The LoRA file of each step that was saved, the result last."""
-    saved = {int(path.stem.split("-")[-1]): path for path in sorted((folder / "run" / "checkpoints").glob("*.safetensors"))}
+def checkpoints(folder: Path, steps: int, every: int) -> dict[int, Path]:
+    """The LoRA file of each step that was to be saved, the result last."""
+    saved = {step: run_folder.checkpoint_path(folder / "run", "run", step) for step in range(every, steps, every)}
     return saved | {steps: folder / "run" / "run.safetensors"}
 
 
@@ -197,7 +211,7 @@ def case(options: argparse.Namespace, seed: int) -> Case:
     """All of one seed, from the folder as far as it was done before."""
     folder: Path = options.out / f"{options.kind}-{seed}"
     run = trained(options.kind, seed, folder, steps=options.steps, every=options.every)
-    files, noted = checkpoints(folder, options.steps), folder / "looks.json"
+    files, noted = checkpoints(folder, options.steps, options.every), folder / "looks.json"
     if not noted.exists():
         noted.write_text(json.dumps([asdict(look) for look in looks_at(run, files)], indent=1))
     rows = json.loads(noted.read_text())
@@ -262,10 +276,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=480)
-    parser.add_argument("--every", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=768)
+    parser.add_argument("--every", type=int, default=192)
     parser.add_argument("--count", type=int, default=120, help="prompts for the judge, in blocks of 40")
-    parser.add_argument("--most", type=int, default=480, help="prompts where more are needed to say whether the regret is small")
+    parser.add_argument("--most", type=int, default=400, help="prompts where more are needed to say whether the regret is small")
     options = parser.parse_args()
     reader.STRIDE, reader.LENGTHS = STRIDE, LENGTHS
     cases = []
