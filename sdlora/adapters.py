@@ -37,13 +37,14 @@ def add_lora(base: Base, run: Config) -> dict[str, list[str]]:
         targets |= {part: base_model.targets(run.lora.text_targets, part=part) for part in base.parts if part != "unet"}
     chosen = {part: lora.matching(base.parts[part], patterns) for part, patterns in targets.items()}
     overrides = overrides_by_part(run, chosen)
-    return {
-        part: lora.add(
+    added = {}
+    for part, patterns in targets.items():
+        base_model.bring(base, part)  # what is trained stays where the part is now
+        added[part] = lora.add(
             base.parts[part], rank=run.lora.rank, alpha=run.lora.alpha, targets=patterns, generator=generator, variant=variant,
             overrides=overrides[part], start_from=start.get(part),
-        )
-        for part, patterns in targets.items()
-    }  # fmt: skip
+        )  # fmt: skip
+    return added
 
 
 def overrides_by_part(run: Config, chosen: Mapping[str, Sequence[str]]) -> dict[str, list[lora.Override]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sdlora import base_kinds, base_model, base_parts, base_sources, checkpoint_configs, hub, tokenizer_files, weights_file
+from sdlora import base_kinds, base_model, base_parts, base_sources, checkpoint_configs, hub, memory, tokenizer_files, weights_file
 from sdlora.base_kinds import UNSTATED, Identity
 from sdlora.base_model import Base
 from sdlora.base_sources import Source
@@ -152,7 +152,7 @@ def load(
 
     Args:
         name: "mini", a folder with a diffusers pipeline, a `.safetensors` checkpoint, or a hub id "owner/name".
-        device: where all its parts go.
+        device: where all its parts go; a GPU that is too small for all of them gets each when it is asked, see `base_model.bring`.
         dtype: the number format of UNet and text encoders; the VAE's is fp32.
         vae: another VAE: a folder, a pipeline's folder, a `.safetensors` file in either layout, or a hub id.
         tokenizer: a folder or hub id, for single files, which bring none.
@@ -168,14 +168,15 @@ def load(
     if form == "single file":
         identity = _identity_of_file(Path(name), header := weights_file.header(Path(name)), family, prediction)
         configs = "sd2-v" if identity.family == "sd2" and identity.prediction != "epsilon" else identity.family
-        source = base_sources.of_file(
-            Path(name), header, family=identity.family, configs=configs, tokenizer=tokenizer, device=device
-        )  # fmt: skip
+        sourced = partial(base_sources.of_file, Path(name), header, family=identity.family, configs=configs, tokenizer=tokenizer)
     else:
         folder = base_sources.hub_folder(name, half=half, weights=True) if form == "hub" else folder_of(name)
         identity = _identity_of_folder(name, form, folder, half=half, family=family, prediction=prediction)
-        source = base_sources.of_folder(folder, name=name, family=identity.family, tokenizer=tokenizer, device=device, half=half)
-    base = _opened(name, identity, source, device=device, dtype=dtype, vae=vae, clip_skip=clip_skip)
+        sourced = partial(base_sources.of_folder, folder, name=name, family=identity.family, tokenizer=tokenizer, half=half)
+    home = device if device.type == "cuda" and _take_turns(sourced(device=device), identity, device, dtype) else None
+    where = device if home is None else base_model.AWAY
+    base = _opened(name, identity, sourced(device=where), device=where, dtype=dtype, vae=vae, clip_skip=clip_skip)
+    base.home = home
     if base.prediction == UNSTATED:
         base.prediction, base.measured = measured_prediction(base), True
         configs = "sd2" if base.prediction == "epsilon" else "sd2-v"
@@ -184,12 +185,23 @@ def load(
     return base
 
 
+def _take_turns(source: Source, identity: Identity, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device is too small for all parts of a source at once."""
+    sizes = {part: sum(one.numel() for one in source.shell(part).parameters()) for part in (*_parts(identity), "unet", "vae")}
+    weights_bytes = sum(count * (4 if part == "vae" else dtype.itemsize) for part, count in sizes.items())
+    return base_model.take_turns(weights_bytes, memory.free_bytes(device))
+
+
+def _parts(identity: Identity) -> tuple[str, ...]:
+    """The names of its text encoders."""
+    return ("text_encoder", "text_encoder_2") if identity.family == "sdxl" else ("text_encoder",)
+
+
 def _opened(
     name: str, identity: Identity, source: Source, *, device: torch.device, dtype: torch.dtype, vae: str | None, clip_skip: int | None
 ) -> Base:
     """The modules of a source as a base, once they are known to fit each other."""
-    parts = ("text_encoder", "text_encoder_2") if identity.family == "sdxl" else ("text_encoder",)
-    encoders = tuple(source.part(part, dtype) for part in parts)
+    encoders = tuple(source.part(part, dtype) for part in _parts(identity))
     tokenizers = tuple(
         tokenizer_files.load(folder, words=encoder.config.vocab_size, pad=pad)
         for encoder, folder, pad in zip(encoders, source.tokenizers, source.pads, strict=False)
@@ -252,6 +264,7 @@ def measured_prediction(base: Base) -> str:
     """
     side = min(base.unet.config.sample_size, 32)
     noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(base.device)
+    base_model.bring(base, "text_encoder")
     words = base.tokenizers[0]("", padding="max_length", max_length=tokenizer_files.LENGTH, return_tensors="pt").input_ids
     states = base_model.TextStates(base.text_encoders[0](words.to(base.device)).last_hidden_state)
     answer = base_model.predict(base, noise, torch.tensor([len(base.alphas) - 1], device=base.device), states)

@@ -7,7 +7,7 @@ and in `text`: the trainer and the generator call `predict`, `encode` and `decod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ TEXT_PRESETS: dict[str, tuple[str, ...]] = {
     "attn": TEXT_ATTENTION, "attn-mlp": TEXT_ATTENTION + TEXT_MLP, "attn-mlp-conv": TEXT_ATTENTION + TEXT_MLP,
 }  # fmt: skip
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+AWAY = torch.device("cpu")  # where parts wait
+ROOM_BYTES = 7 << 29  # beside all parts: decoding a picture of 1,024 px takes 3.0 GiB of tensors, counted, and libraries take some
 TITLES = {"mini": "the embedded base", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
 
 
@@ -82,6 +84,7 @@ class Base:
     weights: tuple[Path, ...]
     clip_skip: int = 1
     open_vae: Callable[[], Any] | None = None
+    home: torch.device | None = None  # where the parts work one after the other, if they do not fit there together, see `bring`
     measured: bool = False  # whether the prediction was found out by asking the UNet, because nothing states it
     digest: Callable[[str], str] = lambda part: "unknown"  # SHA-256 of a part's tensors as they lie on the disk
 
@@ -104,8 +107,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
-        device: torch.device = next(self.unet.parameters()).device
+        """Where it works: where the UNet is, unless the parts take turns."""
+        device: torch.device = self.home or next(self.unet.parameters()).device
         return device
 
     @property
@@ -236,6 +239,7 @@ def predict(base: Base, noisy: Tensor, timesteps: Tensor, text: TextStates, size
         sizes: SDXL's original size, crop and target size [B, 6] in px, see `buckets.time_ids`; by default those of an uncropped picture
             of the latents' size. Other families have no ear for it.
     """
+    bring(base, "unet")
     added = None
     if text.pooled is not None:
         ids = uncropped(base, noisy) if sizes is None else sizes.to(noisy.device)
@@ -250,12 +254,61 @@ def uncropped(base: Base, noisy: Tensor) -> Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=noisy.device).repeat(len(noisy), 1)
 
 
+def take_turns(weights_bytes: int, free_bytes: int) -> bool:
+    """Whether a device is too small for all parts of a base and a picture that is decoded, so that one part after the other is there."""
+    return weights_bytes + ROOM_BYTES > free_bytes
+
+
+def bring(base: Base, part: str) -> None:
+    """Puts the part that is asked next where it works; where parts take turns the others leave first, except what is trained.
+
+    Args:
+        part: one of `PARTS`, where any text encoder means all, or "vae".
+    """
+    if part == "unet" and base.home is None:
+        return  # all others come to where it is
+    if part == "vae":
+        _ = base.vae  # opened, so that it can be put anywhere
+    wanted = _modules(base, part)
+    if all(_is_at(one, base.device) for one in wanted):
+        return
+    if base.home is not None and not base.unet.training:  # in a step text encoders that are trained stand beside the UNet
+        for one in (*_modules(base, "unet"), *_modules(base, "text_encoder"), *_modules(base, "vae")):
+            if one not in wanted:
+                _carry(one, AWAY)
+        if base.home.type == "cuda":
+            torch.cuda.empty_cache()
+    for one in wanted:
+        _carry(one, base.device)
+
+
 def send_away(base: Base, *, text: bool) -> None:
     """Takes what training does not need off the GPU: the autoencoder and, if asked for, the text encoders; they come back when used."""
-    if base.open_vae is None:
-        base.autoencoder.to("cpu")
-    for encoder in base.text_encoders if text else ():
-        encoder.to("cpu")
+    for part in ("vae", "text_encoder") if text else ("vae",):
+        for one in _modules(base, part):
+            _carry(one, AWAY)
+
+
+def _modules(base: Base, part: str) -> tuple[Any, ...]:
+    if part == "vae":
+        return () if base.open_vae is not None else (base.autoencoder,)  # a shell is nowhere
+    return (base.unet,) if part == "unet" else base.text_encoders
+
+
+def _is_at(module: nn.Module, where: torch.device) -> bool:
+    there: torch.device = next(module.parameters()).device  # a layer's own weight comes before its adapters'
+    return there.type == where.type and where.index in (None, there.index)
+
+
+def _carry(module: nn.Module, where: torch.device) -> None:
+    for tensor in _frozen(module):
+        tensor.data = tensor.data.to(where)
+
+
+def _frozen(module: nn.Module) -> Iterator[Tensor]:
+    """All weights but those of adapters, whose place the optimizer and the tensor that holds all of them know."""
+    adapters = {id(weight) for one in module.modules() if isinstance(one, lora.Adapter) for weight in (*one.parameters(), *one.buffers())}
+    return (one for one in (*module.parameters(), *module.buffers()) if id(one) not in adapters)
 
 
 def set_training(base: Base, training: bool) -> None:
@@ -267,7 +320,7 @@ def set_training(base: Base, training: bool) -> None:
 @torch.no_grad()
 def encode(base: Base, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [B, 4, H/8, W/8] of the latents of pictures [B, 3, H, W] from -1 to 1, scaled, fp32."""
-    base.vae.to(base.device)
+    bring(base, "vae")
     posterior = base.vae.encode(images.to(base.device, torch.float32)).latent_dist
     return posterior.mean * base.scaling, posterior.std * base.scaling
 
@@ -275,6 +328,6 @@ def encode(base: Base, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] from about -1 to 1 of scaled latents."""
-    base.vae.to(latents.device)  # training sends it away between samples
+    bring(base, "vae")
     pictures: Tensor = base.vae.decode(latents.float() / base.scaling).sample
     return pictures

@@ -185,7 +185,7 @@ class Config(_Table):
     )
     class_word: str = Field("", description="what the subject is, such as dog; stands for the trigger word in regularisation")
     regularisation_weight: float = Field(1.0, gt=0, description="of the regularisation's loss")
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    gradient_checkpointing: bool | None = Field(None, description="much less memory for a third more time; by base: SDXL yes, others no")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the frozen base; auto: bf16 on a GPU that has it")
     report: bool = Field(True, description="report.html, report.md and compare.png at the end")
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there; metrics.jsonl is always written")

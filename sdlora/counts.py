@@ -41,8 +41,7 @@ class StepCost:
     Args:
         flops: floating-point operations, two per multiplication and addition.
         saved_bytes: what the forward pass keeps for the backward pass, each storage once, weights not counted.
-        peak_bytes: the most that is there at once beside what was there before, gradients among it. With checkpointing it varies, on every
-            device, by a fifth (37 to 46 MB for the embedded base): PyTorch's frames are cycles, which Python frees when it comes to it.
+        peak_bytes: the most that is there at once beside what was there before, gradients among it.
         launches: operations that compute something, views left out; on a GPU each costs a few microseconds of the CPU's time.
     """
 
@@ -64,17 +63,47 @@ def of_step(loss: Callable[[], Tensor], *, weights: Iterable[Tensor] = ()) -> St
 
     def kept(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        if storage._cdata not in known and storage._cdata not in saved:
             saved[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, saved.pop, storage._cdata, None)  # what dies before the way back was not kept
         return tensor
 
     rules = {_FUSED: _attention_flops, _FUSED_BACK: _attention_back_flops, torch.ops.aten.addmm_: _product_flops}
     live, flops = _Live(known), FlopCounterMode(display=False, custom_mapping=rules)
+    # its own tracker asks tensors to call back, which keeps what checkpointing computes again until the end
+    flops.mod_tracker = _Nowhere()  # type: ignore[assignment]
     with _fused(), flops, live:  # the counter takes operations apart that a device does at once
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
             answer = loss()
+        saved_bytes = sum(saved.values())
         answer.backward()  # type: ignore[no-untyped-call]
-    return StepCost(flops.get_total_flops(), sum(saved.values()), live.most, live.launches)
+    return StepCost(flops.get_total_flops(), saved_bytes, live.most, live.launches)
+
+
+@torch.no_grad()
+def of_answer(ask: Callable[[], object], *, weights: Iterable[Tensor] = ()) -> int:
+    """The most bytes that are there at once beside what was there before, where nothing is learned.
+
+    Args:
+        ask: what is computed.
+        weights: as for `of_step`.
+    """
+    live = _Live({weight.untyped_storage()._cdata for weight in weights})
+    with _fused(), live:
+        ask()
+    return live.most
+
+
+class _Nowhere:
+    """In the place of a tracker of modules, for a counter that is asked for the sum alone."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *problem: object) -> None:
+        pass
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -45,6 +45,8 @@ class Counted:
         trained_bytes: of the LoRA, the optimizer's state and the average.
         data_bytes: of latents and text states.
         heaviest: one batch of the kind that needs most.
+        coding_bytes: all weights that are there while pictures are encoded or decoded, and what that takes.
+        takes_turns: whether the parts of the base are on the device one after the other, see `base_model.bring`.
     """
 
     flops: float
@@ -53,11 +55,13 @@ class Counted:
     trained_bytes: int
     data_bytes: int
     heaviest: StepCost
+    coding_bytes: int = 0
+    takes_turns: bool = False
 
     @property
     def memory_bytes(self) -> int:
-        """All of it at the step's worst moment; what libraries and kernels take comes on top."""
-        return self.weights_bytes + self.trained_bytes + self.data_bytes + self.heaviest.peak_bytes
+        """All of it at the worst moment; what libraries and kernels take comes on top."""
+        return self.trained_bytes + self.data_bytes + max(self.weights_bytes + self.heaviest.peak_bytes, self.coding_bytes)
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,11 @@ class Forecast:
             f"{where}: a step is {count.flops / 1e12:.3g} TFLOP and trains {count.parameters:,} parameters.",
             f"Memory: {self.peak_bytes / GIB:.2f} GiB of {self.limit_bytes / GIB:.1f} GiB that are free. Counted of this are: the base "
             f"{size(count.weights_bytes)}, what is trained {size(count.trained_bytes)}, pictures and captions {size(count.data_bytes)}, "
-            f"a step {size(count.heaviest.peak_bytes)}, of which {size(kept)} are kept for the way back.",
+            f"a step {size(count.heaviest.peak_bytes)}, of which {size(kept)} are kept for the way back; or, while pictures are encoded or "
+            f"drawn, {size(count.coding_bytes)} in place of base and step.",
         ]
+        if count.takes_turns:
+            said.append("All parts of the base do not fit there together, so each is there when it is used; only drawing takes longer.")
         if self.step_s is not None and self.total_s is not None:
             said.append(f"Time: {duration(self.step_s)} per step, {duration(self.total_s)} in all ({_parts(self.seconds, duration)}).")
         said.append(

@@ -191,6 +191,10 @@ def _gamma(run: Config, facts: Facts) -> Choice:
     return recipes.gamma(run.objective.weighting)
 
 
+def _checkpointing(run: Config, facts: Facts) -> Choice:
+    return recipes.checkpointing(facts.family)
+
+
 def _share(run: Config, facts: Facts) -> Choice:
     own = run.validation
     return recipes.share(pictures=facts.pictures, has_folder=own.folder is not None, is_watched=own.every != 0)
@@ -221,6 +225,7 @@ RULES: dict[str, Callable[[Config, Facts], Choice | None]] = {
     "steps": _steps,
     "objective.weighting": _weighting,
     "min_snr_gamma": _gamma,
+    "gradient_checkpointing": _checkpointing,
     "validation.share": _share,
     "save_every": _save_every,
     "sample_every": _with_checkpoints,

@@ -22,6 +22,7 @@ from sdlora.counts import StepCost
 from sdlora.errors import UserError
 from sdlora.excerpt import Kind
 from sdlora.forecast import Counted, Forecast, Scope, forecast
+from sdlora.material import Material
 from sdlora.memory import GIB
 from sdlora.prepare import Prepared
 from sdlora.trial import Measured, Progress, TooLargeError
@@ -50,7 +51,7 @@ def plan(
     reasons, least = list[str](), math.inf
     for changes in ({}, *easings(run, device)):
         candidate = changed(run, changes)
-        scope, counted = count(candidate, device)
+        scope, counted = count(candidate, device, free_bytes=limit)
         measured, needed = None, counted.memory_bytes
         if needed <= limit and measure:
             try:
@@ -131,11 +132,12 @@ def changed(run: Config, changes: dict[str, str]) -> Config:
 # --- counting -----------------------------------------------------------------------------------------------------------------
 
 
-def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
+def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope, Counted]:
     """What a run does and what that takes, from configs and the sizes of pictures alone.
 
     Args:
         device: that it will run on; nothing is put there.
+        free_bytes: its memory; on a GPU that is small the parts of a base take turns.
 
     Raises:
         UserError: if the data or the base cannot be used.
@@ -164,6 +166,7 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
     flops = sum(kind.share * costs[kind.shape_px].flops * kind.pictures / fullest[kind.shape_px] for kind in kinds)
     states = 0 if speech.states is None else sum(_bytes(one) for one in (speech.states.context, speech.states.pooled)) // len(speech.rows)
     latent_bytes = sum(_bytes(one) for view in seen.values() for one in (view.mean, view.deviation, view.mask))
+    turns, coding = _coding(run, base, data, device, free_bytes)
     counted = Counted(
         flops=flops * run.optimizer.accumulation,
         parameters=sum(weight.numel() for weight in adapters.parameters(base)),
@@ -171,6 +174,8 @@ def count(run: Config, device: torch.device) -> tuple[Scope, Counted]:
         trained_bytes=_trained(base, run),
         data_bytes=latent_bytes + states * len(every),
         heaviest=max(costs.values(), key=lambda cost: cost.peak_bytes),
+        coding_bytes=coding,
+        takes_turns=turns,
     )
     drawn = len(prepare.class_requests(run, data)) if run.regularisation == "auto" else 0
     return Scope(tuple(kinds), len(data.samples), len(found.held_out), drawn, len(seen), len(every)), counted
@@ -187,6 +192,21 @@ def _resident(base: Base, device: torch.device, *, keeps_text: bool) -> int:
     """The frozen weights that stay: on a GPU what each step asks, on the CPU all, since what is sent away goes nowhere."""
     stays = [base.unet, *(base.text_encoders if keeps_text or device.type == "cpu" else ())]
     return counts.weights_bytes([*stays, *([base.autoencoder] if device.type == "cpu" else [])])
+
+
+def _coding(run: Config, base: Base, data: Material, device: torch.device, free_bytes: int) -> tuple[bool, int]:
+    """Whether the parts take turns, and the bytes that are there while pictures are encoded, or decoded if any are drawn."""
+    every = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
+    turns = device.type == "cuda" and base_model.take_turns(every, free_bytes)
+    width, height = max((item.shape_px for item in data.items), key=math.prod)
+    pixels = torch.empty(1, 3, height, width, device=counts.META)
+    there = [*base.autoencoder.parameters(), *base.autoencoder.buffers()]
+    peaks = [counts.of_answer(lambda: base_model.encode(base, pixels), weights=there)]
+    if run.sample_every or run.report:
+        side = base.resolution_px // base.reduction
+        drawn = torch.empty(1, 4, side, side, device=counts.META)
+        peaks.append(counts.of_answer(lambda: base_model.decode(base, drawn), weights=there))
+    return turns, max(peaks) + (counts.weights_bytes([base.autoencoder]) if turns else every)
 
 
 def _trained(base: Base, run: Config) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora import prompts
+from sdlora import base_model, prompts
 from sdlora.base_model import Base, TextStates
 from sdlora.errors import UserError
 
@@ -133,8 +133,9 @@ def encode(base: Base, tokens: Tokens, *, clip_skip: int | None = None) -> TextS
         UserError: if there is no such layer of an encoder.
     """
     skip = base.clip_skip if clip_skip is None else clip_skip
+    base_model.bring(base, "text_encoder")
     answers = [
-        encoder.to(base.device)(ids.flatten(0, 1), output_hidden_states=True)  # it may have been sent away; no attention mask is meant
+        encoder(ids.flatten(0, 1), output_hidden_states=True)  # no attention mask is meant
         for encoder, ids in zip(base.text_encoders, tokens.ids, strict=True)
     ]
     layers = [_layer(base, encoder, answer, skip) for encoder, answer in zip(base.text_encoders, answers, strict=True)]

@@ -99,7 +99,15 @@ def set_loras(base: Base, loras: Sequence[LoRA]) -> None:
     for part in base.parts.values():
         for layer in lora.layers(part).values():
             _arrange(layer, names, forgotten)
-        lora.fold(part)
+    fold(base)
+
+
+def fold(base: Base) -> None:
+    """Folds all parts; of a base whose parts take turns the pristine weights wait where the parts do."""
+    for name, part in base.parts.items():
+        if lora.layers(part):
+            base_model.bring(base, name)
+            lora.fold(part, aside=base.home and base_model.AWAY)
 
 
 def _arrange(layer: lora.LoRALayer, last: list[str], forgotten: list[str]) -> None:
@@ -130,5 +138,5 @@ def speak_at(base: Base, loras: Sequence[LoRA], share: float) -> bool:
                 lora.set_strength(base.unet, strength, name)
                 changed = True
     if changed:
-        lora.fold(base.unet)
+        lora.fold(base.unet, aside=base.home and base_model.AWAY)
     return changed

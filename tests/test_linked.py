@@ -132,9 +132,16 @@ def test_every_reason_is_a_sentence_and_short() -> None:
         assert re.fullmatch(r"[A-Z0-9].{10,170}\.", reason), (key, reason)
 
 
+def test_sdxl_alone_computes_again_instead_of_keeping_what_few_cards_hold() -> None:
+    chosen = {family: resolved(family).run.gradient_checkpointing for family in FAMILIES}
+    assert chosen == {family: family == "sdxl" for family in FAMILIES}
+    assert resolved("sdxl", gradient_checkpointing=False).run.gradient_checkpointing is False
+
+
 def test_the_embedded_base_with_its_usual_set_keeps_the_defaults_of_the_config() -> None:
     made, plain = resolved("mini", kind="character").run, told({"kind": "character"})
     watched = ("save_every", "sample_every", "validation.every", "validation.share", "lora.text_encoder", "lora.text_targets")
+    watched += ("gradient_checkpointing",)
     assert [key for key in linked.RULES if value(made, key) != value(plain, key)] == [key for key in linked.RULES if key in watched]
 
 

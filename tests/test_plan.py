@@ -30,9 +30,9 @@ def counted_once() -> Iterator[None]:
     """Each run is counted once for all tests: 2 s that say the same."""
     own, known = plan.count, dict[str, Any]()
 
-    def count(run: Config, device: torch.device) -> Any:
+    def count(run: Config, device: torch.device, *, free_bytes: int) -> Any:
         key = run.model_dump_json()
-        known[key] = known[key] if key in known else own(run, device)
+        known[key] = known[key] if key in known else own(run, device, free_bytes=free_bytes)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -125,8 +125,8 @@ def test_where_it_does_not_fit_the_first_setting_that_does_is_proposed_with_the_
 
 def test_what_counting_shows_to_be_too_large_is_never_tried(tiny_base: Path, pictures: Path) -> None:
     run = run_config(tiny_base, pictures)
-    _, plain = plan.count(run, CPU)
-    _, saving = plan.count(plan.changed(run, {"gradient_checkpointing": "true"}), CPU)
+    _, plain = plan.count(run, CPU, free_bytes=64 * GIB)
+    _, saving = plan.count(plan.changed(run, {"gradient_checkpointing": "true"}), CPU, free_bytes=64 * GIB)
     assert saving.memory_bytes < plain.memory_bytes
     attempts = Attempts(lambda run: saving.memory_bytes)
     told = planned(run, memory_limit_bytes=(saving.memory_bytes + plain.memory_bytes) // 2, attempt=attempts)
@@ -157,8 +157,8 @@ def test_counts_alone_tell_memory_and_disk_but_no_time(tiny_base: Path, pictures
 
 
 def test_more_pictures_per_step_are_more_operations_and_memory(tiny_base: Path, pictures: Path) -> None:
-    (_, small), (scope, large) = (plan.count(run_config(tiny_base, pictures, batch=batch), CPU) for batch in (1, 4))
-    _, twice = plan.count(run_config(tiny_base, pictures, batch=4, optimizer={"accumulation": 2}), CPU)
+    (_, small), (scope, large) = (plan.count(run_config(tiny_base, pictures, batch=batch), CPU, free_bytes=64 * GIB) for batch in (1, 4))
+    _, twice = plan.count(run_config(tiny_base, pictures, batch=4, optimizer={"accumulation": 2}), CPU, free_bytes=64 * GIB)
     assert large.heaviest.flops == pytest.approx(4 * small.heaviest.flops, rel=0.01)
     assert large.flops == pytest.approx(2.5 * small.flops, rel=0.01)  # five pictures: a batch of 4 and one of 1
     assert twice.flops == 2 * large.flops
@@ -172,7 +172,7 @@ def test_more_pictures_per_step_are_more_operations_and_memory(tiny_base: Path, 
 
 def test_the_whole_run_is_the_sum_of_its_parts(tiny_base: Path, pictures: Path) -> None:
     run = run_config(tiny_base, pictures, optimizer={"accumulation": 3})
-    _, counted = plan.count(run, CPU)
+    _, counted = plan.count(run, CPU, free_bytes=64 * GIB)
     scope = Scope((Kind((32, 32), 2, 0, 0.75), Kind((32, 32), 1, 3, 0.25)), pictures=8, held_out=2, drawn=3, views=16, texts=4)
     told = forecast.forecast(run, scope, counted, FOUND, limit=4 * GIB, changes=(), reasons=())
     batch_s = 0.75 * 0.25 + 0.25 * 0.125

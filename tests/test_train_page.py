@@ -440,7 +440,7 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         expect(page.locator("#train-cards .card")).to_have_count(5)
         page.fill("#train-name input, #train-name textarea", "cups")
         page.fill("#train-trigger input, #train-trigger textarea", "zup")
-        page.locator("#train-cards textarea").first.fill("<b>a cup</b>")
+        page.get_by_label("Caption of 0.png").fill("<b>a cup</b>")
         page.locator("#train-expert button").first.click()
         expect(page.locator("#train-text .cm-content")).to_contain_text("zup")
         page.locator("#train-text .cm-content").click()
@@ -457,7 +457,8 @@ def test_from_pictures_to_a_trained_lora_in_a_browser(roots: Roots, line: Jobs, 
         page.reload()  # all of it is found again
         expect(page.locator("#watch-head .badge")).to_have_text("done")
         expect(page.locator("#train-cards .card")).to_have_count(5)
-        expect(page.locator("#train-cards textarea").first).to_have_value("<b>a cup</b>")
+        expect(page.get_by_label("Caption of 0.png")).to_have_value("<b>a cup</b>")
+        expect(page.locator("#train-trigger input, #train-trigger textarea").first).to_have_value("zup")
         expect(page.locator("#train-forecast")).to_contain_text("About")  # the time, which nobody has asked for
         page.locator("#watch-put_away").click()
         expect(page.locator("#watch-status")).to_contain_text("off this list")
