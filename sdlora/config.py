@@ -37,11 +37,20 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path} is not valid TOML: {problem}.") from problem
+        raise UserError(f"{path} is not valid TOML: {toml_fault(problem)}.") from problem
     for change in changes or []:
         _apply(values, change)
     run = parse(values, where=str(path))
     return run.model_copy(update={"data": [_found(one, path.parent) for one in run.data]})
+
+
+def toml_fault(problem: Exception) -> str:
+    """What is wrong with a TOML text, in words for those who have not read the format's rules."""
+    said = " ".join(str(problem).split())
+    twice = re.match(r"(?:Cannot overwrite a value|Cannot declare .* twice|Duplicate inline table key.*) \(at (?:line (\d+)|end)", said)
+    if twice:
+        return f"{f'line {twice[1]}' if twice[1] else 'the last line'} sets what another line sets too, so keep one of both"
+    return said
 
 
 def is_run(path: Path) -> bool:

@@ -99,6 +99,8 @@ def find(key: str, offered: dict[str, Path], *, what: str) -> Path:
     Raises:
         UserError: if nothing of that id is there now.
     """
+    if key in ("", None):
+        raise UserError(f"No {what} is chosen; choose one first.")
     if not isinstance(key, str) or key not in offered:  # a direct post may send anything
         raise UserError(f"That {what} is not there (any more); look again and choose from the list.")
     return offered[key]

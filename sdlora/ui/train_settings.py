@@ -123,7 +123,7 @@ def read(text: object) -> Flat:
     try:
         found = _flat(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
-        reason = " ".join(str(problem).split())
+        reason = config.toml_fault(problem)
         raise UserError(f"The settings are not valid TOML: {reason}; your text stays as it is, mend it and go on.") from None
     for key in found:
         if key in PATHS or key.split(".")[0] == "data":
