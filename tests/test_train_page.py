@@ -172,7 +172,8 @@ def test_settings_follow_the_form_and_what_was_changed_by_hand_stays(roots: Root
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("steps = ", "not valid TOML"), ("steps = 1\nrank = 2\nsteps = 3\nbatch = 1", "line 3 sets what another line sets"), ("[" * 5000, "not valid TOML"),
+        ("steps = ", "not valid TOML"), ("steps = 1\nrank = 2\nsteps = 3\nbatch = 1", "line 3 sets what another line sets"),
+        ("[" * 5000, "not valid TOML"),
         ('vae = "/etc/passwd"', "names a file"), ('[lora]\nstart_from = "x"', "names a file"),
         ('[[data]]\nfolder = "/"', "names a file"), ('[validation]\nfolder = "/"', "names a file"), ("x" * 50_000, "no text of up to"),
     ],
