@@ -58,6 +58,26 @@ def listed(roots: Roots, what: str = "loras", search: str = "", family: str = ""
     return names_on(actions.shelf_of(roots, what, search, family, order, page, "en")[0])
 
 
+def test_what_is_chosen_can_be_drawn_with(roots: Roots) -> None:
+    (roots.loras / "calm.json").write_text('{"preferred weight": 0.7, "activation text": "zup"}')
+    told = actions.setting_of(roots, key_of(roots, "calm"), base_of(roots))
+    assert (told["lora"], told["base"], told["strength"], told["prompt"]) == (key_of(roots, "calm"), base_of(roots), 0.7, "zup")
+    told = actions.setting_of(roots, key_of(roots, "cups-000010"), base_of(roots))
+    assert (told["lora"], told["base"], told["prompt"]) == (key_of(roots, "cups-000010"), "mini", "zup"), (
+        "a run's files with the run's base"
+    )
+    assert actions.setting_of(roots, run_of(roots), "mini")["lora"] == key_of(roots, "cups")
+    for nothing in ("", None):
+        with pytest.raises(UserError, match="No LoRA is chosen"):
+            actions.setting_of(roots, nothing, "mini")  # type: ignore[arg-type]
+
+
+def test_a_name_that_another_lora_has_is_not_given(roots: Roots) -> None:
+    for name in ("cups", "wild", "calm"):
+        with pytest.raises(UserError, match=f"called {name} is there already"):
+            actions.rename(roots, key_of(roots, "calm"), name, "en")
+
+
 # --- looking --------------------------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,8 @@ from sdlora import (
 )  # fmt: skip
 from sdlora.errors import UserError
 from sdlora.lora_tools import Made, Weights
+from sdlora.ui import hand_over, lora_shelf, words
 from sdlora.ui import library_cards as cards
-from sdlora.ui import lora_shelf, words
 from sdlora.ui import roots as places
 from sdlora.ui import studio as studios
 from sdlora.ui.compare_actions import number
@@ -147,6 +147,19 @@ def _lora(roots: Roots, key: str) -> Path:
 
 def _run(roots: Roots, key: str) -> Path | None:
     return lora_shelf.run_folders(roots).get(key) if isinstance(key, str) else None
+
+
+def setting_of(roots: Roots, key: str, base: str) -> dict[str, Any]:
+    """What Generate needs to draw with a LoRA file, or with the best of a run.
+
+    Args:
+        base: for a file that is of no run, as the page's controls say it.
+
+    Raises:
+        UserError: if it is not there, or the run has saved none.
+    """
+    folder = _run(roots, key)
+    return hand_over.of_run(roots, folder) if folder else hand_over.of_file(roots, _lora(roots, key), base=base)
 
 
 # --- changing -----------------------------------------------------------------------------------------------------------------

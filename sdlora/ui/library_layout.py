@@ -48,6 +48,8 @@ class Parts:
     do_import: gr.Button
     status: gr.HTML
     chosen: gr.Dropdown
+    use: gr.Button
+    setting: gr.JSON
     detail: gr.HTML
     notes: gr.Textbox
     save_notes: gr.Button
@@ -148,6 +150,8 @@ def _import() -> dict[str, Any]:
 def _chosen() -> dict[str, Any]:
     made: dict[str, Any] = {"status": gr.HTML(elem_id="library-status", padding=False)}
     made["chosen"] = gr.Dropdown([], value=None, allow_custom_value=True, **_text("chosen"))
+    made["use"] = _button("use", variant="primary")
+    made["setting"] = gr.JSON(visible="hidden", label="setting", elem_id="library-setting")
     made["detail"] = gr.HTML(elem_id="library-detail", padding=False)
     made["notes"] = gr.Textbox(lines=2, max_lines=8, **_text("notes"))
     made["save_notes"] = _button("save_notes", size="sm")

@@ -42,13 +42,30 @@ def _lines(work: Iterator[str], language: str) -> Iterator[str]:
         raise
 
 
-def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:
-    """Says what each press does."""
+def wire(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> gr.events.Dependency:
+    """Says what each press does.
+
+    Returns:
+        The event of "Draw with it": with `.then` and `parts.setting`, Generate takes it over as it does from Compare.
+    """
     lora_shelf.warm(roots)
     _looking(roots, studio, parts, demo)
     _changing(roots, parts)
     _making(roots, studio, parts)
     _merging(roots, studio, parts)
+    return _using(roots, parts)
+
+
+def _using(roots: Roots, parts: Parts) -> gr.events.Dependency:
+    def on_use(key: str, base: str, request: gr.Request) -> tuple[Any, str]:
+        """Gives what Generate needs to draw with a LoRA file or a run by its id: base, LoRA id, strength, prompt, seed and the rest."""
+        try:
+            setting = actions.setting_of(roots, key, base)
+        except UserError as problem:
+            return None, message(actions.clean(str(problem)), kind="bad")
+        return setting, message(words.say("watch.used", _language(request)), kind="good")
+
+    return parts.use.click(on_use, [parts.chosen, parts.base], [parts.setting, parts.status], api_name="library_use", **QUIET)
 
 
 def _looking(roots: Roots, studio: Studio, parts: Parts, demo: gr.Blocks) -> None:

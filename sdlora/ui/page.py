@@ -99,12 +99,12 @@ def build(roots: Roots, studio: Studio | None = None) -> gr.Blocks:
                 shelf = library_page.layout(roots, studio, base=roots.first)
         demo.load(on_load, outputs=title, **QUIET)
         generate_page.wire(roots, studio, drawing, demo)
-        library_page.wire(roots, studio, shelf, demo)
         for tab, name in ((compare_tab, "compare"), (library_tab, "library")):  # what was trained meanwhile is in the lists
             tab.select(None, js=f"() => {{ document.querySelector('#{name}-refresh').click(); }}", api_visibility="private")
         for used, setting in (
             (train_page.wire(roots, jobs, training, demo, partial(studios.is_free, studio)), training.watch.setting),
             (compare_page.wire(roots, studio, comparing, demo), comparing.setting),
+            (library_page.wire(roots, studio, shelf, demo), shelf.setting),
         ):
             generate_page.receive(studio, drawing, used, setting)
             used.then(lambda told: gr.Tabs(selected="generate") if told else gr.Tabs(), setting, tabs, **QUIET)

@@ -6,11 +6,10 @@ import html
 from pathlib import Path
 from typing import Any
 
-from sdlora import chosen, generate, jobs, run_folder, runs
+from sdlora import jobs
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
-from sdlora.ui import lora_shelf, watch_actions, words
-from sdlora.ui import roots as places
+from sdlora.ui import hand_over, watch_actions, words
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
 
@@ -73,24 +72,9 @@ def paper(report: Path, title: str) -> str:
 
 
 def setting_of(roots: Roots, line: Jobs, key: str) -> dict[str, Any]:
-    """What Generate needs to draw with the LoRA of a training, see `compare_cells.setting_of`.
+    """What Generate needs to draw with the LoRA of a training, see `hand_over`.
 
     Raises:
         UserError: if there is no LoRA file of it yet.
     """
-    folder = watch_actions.job_of(roots, line, key).folder
-    settings, best = watch_actions.settings_of(folder), chosen.best(lora_shelf.look(folder))
-    name = str(settings.get("name") or folder.name)
-    result = run_folder.result_path(folder, name)
-    saved = run_folder.checkpoints(folder, name)
-    path = (best.path if best else None) or (result if result.is_file() else next(reversed(saved.values()), None))
-    if path is None:
-        raise UserError(f"Run {folder.name} has saved no LoRA yet; press Save now, or wait until it has.")
-    drawn = [one for one in runs.pictures(folder) if one.number == 0]
-    base = str(settings.get("base") or "mini")
-    offered = {**places.bases(roots), roots.first: Path(roots.first)}
-    word = next((one for one, place in offered.items() if place.resolve() == Path(base).resolve()), base)
-    plain = generate.Request(drawn[-1].prompt if drawn else str(settings.get("trigger") or ""))
-    names = ("prompt", "negative", "seed", "steps", "guidance", "sampler", "width_px", "height_px")
-    told = {"base": word, "lora": places.key_of(roots.runs, path), "strength": best.strength if best else 1.0}
-    return told | {one: getattr(plain, one) for one in names}
+    return hand_over.of_run(roots, watch_actions.job_of(roots, line, key).folder)
