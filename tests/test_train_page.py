@@ -210,6 +210,14 @@ def test_a_form_that_says_too_little_starts_nothing(roots: Roots, line: Jobs, ke
     assert not roots.runs.exists()
 
 
+def test_pictures_that_another_tab_has_added_are_shown_before_they_are_trained_on(roots: Roots, key: str) -> None:
+    train_actions.check_seen(roots, key, {"set": key, "count": 5})
+    for nothing in (None, "x", {}, {"set": "other", "count": 3}):
+        train_actions.check_seen(roots, key, nothing)
+    with pytest.raises(UserError, match="has 5 pictures, and 3 were shown here"):
+        train_actions.check_seen(roots, key, {"set": key, "count": 3})
+
+
 def test_a_start_freezes_the_pictures_and_writes_settings_that_follow_from_them(roots: Roots, line: Jobs, key: str) -> None:
     picture = uploads.pictures(uploads.set_folder(roots, key))[0]
     uploads.write_caption(picture, "")

@@ -149,6 +149,21 @@ def _told(made: Forecast, linked: Linked, language: str) -> str:
 # --- starting -------------------------------------------------------------------------------------------------------------------
 
 
+def check_seen(roots: Roots, key: str, cards: object) -> None:
+    """Whether the pictures of a set are those that are seen: another tab of the same browser may have added or taken some.
+
+    Args:
+        cards: the value of the control that shows them; nothing is checked where it shows no set, as for a program.
+
+    Raises:
+        UserError: if it shows fewer or more.
+    """
+    if isinstance(cards, dict) and key and cards.get("set") == key:
+        there, seen = len(uploads.pictures(uploads.set_folder(roots, key))), cards.get("count")
+        if seen != there:
+            raise UserError(f"The set has {there} pictures, and {seen} were shown here; all are shown now, so look, and press Train again.")
+
+
 def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: str) -> Path:
     """Train was pressed: the run gets its folder, its own copy of the pictures and its config, and goes in line.
 

@@ -87,7 +87,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
 
     def on_start(
         request: gr.Request, set_id: str, name: str = "", trigger: str = "", kind: str = "style", base: str = "mini", changes: str = "",
-        text: str = "", shown: str = "", token: str = "",
+        text: str = "", shown: str = "", token: str = "", cards: Any = None,
     ) -> tuple[str, Any]:  # fmt: skip
         """Puts a training in line: the set's id, name, trigger word, kind, base, changed settings as TOML; gives the training's id."""
         language, owner = words.language_of(request.headers), gallery.owner_of(token, str(request.session_hash))
@@ -95,6 +95,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
             words_of_form, changed = settings.absorbed(
                 text, shown, settings.form_of(name, trigger, kind, base), settings.changes_of(changes)
             )  # fmt: skip
+            actions.check_seen(roots, set_id, cards)
             folder = actions.start(roots, jobs, set_id, words_of_form, changed, owner)
             leave(request)
         except UserError as problem:
@@ -113,9 +114,10 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
     def on_ready(request: gr.Request, set_id: str) -> str:
         return "" if set_id else message(words.say("train.ready", words.language_of(request.headers)))
 
-    everything = [parts.key, *form, parts.changes, parts.text, parts.shown, parts.token]
+    everything = [parts.key, *form, parts.changes, parts.text, parts.shown, parts.token, parts.captions.cards]
     started = parts.go.click(on_start, everything, [parts.status, parts.watch.job], api_name="train_start", **QUIET)
     seen = started.then(on_started, [parts.watch.job, parts.status], watched, **PRIVATE)
+    seen.then(**look)
     seen.then(None, parts.status, js=f"(said) => {{ if ((said || '').includes('good')) ({TO_WATCH})(); }}", api_visibility="private")
     demo.load(on_load, outputs=[parts.folder, parts.base], **PRIVATE)
     remembered = demo.load(None, outputs=[parts.token, parts.key, parts.name, parts.trigger, parts.kind], js=REMEMBERED, **PRIVATE)
