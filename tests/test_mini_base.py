@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdlora import base_files, cli, generate
+from sdlora import base_files, cli, demo, generate
 from sdlora.base_model import Base
 from sdlora.generate import LoRA, Request
 from sdlora.mini import evaluate
 
+STEPS = 500
 REQUEST = Request("vitrail, a blue star on a yellow background", seed=4)
 
 
@@ -22,9 +23,12 @@ def mini() -> Base:
 
 @pytest.fixture(scope="session")
 def style_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `sdlora demo` leaves: the whole main job, about two minutes on two cores."""
+    """What `sdlora demo` leaves, the whole main job, but after half of its steps: it is a third of all that the other tests take."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    cli.demo(folder)
+    short = demo.style_config().model_copy(update={"steps": STEPS})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "style_config", lambda: short)
+        cli.demo(folder)
     assert (folder / "sheet.png").stat().st_size > 10_000
     return folder / "vitrail-v1.safetensors"
 
@@ -40,7 +44,7 @@ def test_plain_diffusers_opens_it_and_draws_the_same(mini: Base) -> None:
 
 
 def test_it_understands_combinations_that_it_was_never_shown(mini: Base) -> None:
-    scores = evaluate.measure_base(mini, [], Request("", seed=1), 40)[0].scores
+    scores = evaluate.measure_base(mini, [], Request("", seed=1), 30)[0].scores
     assert scores.background >= 0.9
     assert scores.colour >= 0.85
     assert scores.kind >= 0.8
@@ -49,8 +53,14 @@ def test_it_understands_combinations_that_it_was_never_shown(mini: Base) -> None
 @pytest.mark.slow
 def test_the_demo_makes_a_style_that_is_unmistakable(mini: Base, style_lora: Path) -> None:
     report, _ = evaluate.measure_style(mini, [LoRA(style_lora)], Request(""), 25)
-    assert report.style_with >= 0.9
+    assert report.style_with >= 0.6
     assert report.style_without <= 0.1
+
+
+@pytest.mark.huge
+def test_the_demo_as_it_stands_makes_nothing_but_the_style(mini: Base, tmp_path: Path) -> None:
+    cli.demo(tmp_path / "run")
+    assert evaluate.measure_style(mini, [LoRA(tmp_path / "run/vitrail-v1.safetensors")], Request(""), 25)[0].style_with >= 0.9
 
 
 @pytest.mark.slow

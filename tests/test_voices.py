@@ -159,7 +159,7 @@ def test_a_course_changes_the_weights_between_the_steps_and_only_then(base: Base
     generate.set_loras(base, [one])
     folds = []
     folded = lora.fold
-    monkeypatch.setattr(lora, "fold", lambda model: (folds.append(model), folded(model)))
+    monkeypatch.setattr(lora, "fold", lambda model, **where: (folds.append(model), folded(model, **where)))
     monkeypatch.setattr(lora_file, "read", lambda path: pytest.fail("read again"))
     stem = next(stem for stem in changes if stem.startswith("lora_unet"))
     seen = []
