@@ -88,7 +88,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_run_in_turns_ends_in_the_same_bytes(
     tiny_base: Path, pictures: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    run = run_config(tiny_base, pictures, kind=kind, cache="memory", report=True, validation={"share": 0.2})
+    often = {"steps": 2, "save_every": 1, "sample_every": 1}
+    run = run_config(tiny_base, pictures, kind=kind, cache="memory", report=True, validation={"share": 0.2}, **often)
     list(train.train(run, tmp_path / "whole"))
     device = request.getfixturevalue("small")
     list(train.train(run, tmp_path / "turns"))
