@@ -280,18 +280,14 @@ def fold(model: nn.Module, *, aside: torch.device | None = None) -> None:
     for layer in layers(model).values():
         weight, bias = base_weight(layer.base), layer.base.bias
         if layer.pristine is None:
-            layer.pristine = _kept(weight, aside)
-            layer.pristine_bias = _kept(bias, aside) if isinstance(bias, Tensor) else None
+            layer.pristine = weight.detach().to(aside or weight.device, copy=True)
+            layer.pristine_bias = bias.detach().to(aside or bias.device, copy=True) if isinstance(bias, Tensor) else None
             layer.forward = layer.base.forward  # type: ignore[method-assign]  # no call more than the base's: 1.00 of its time, not 1.03
         active = [(export(one), one.strength) for one in layer.voices() if one.strength != 0]
         _write_sum(oriented(layer.base, weight), oriented(layer.base, layer.pristine.to(weight.device)), active)
         if isinstance(bias, Tensor) and layer.pristine_bias is not None:
             shifts = [(Update(Full(one.bias)), strength) for one, strength in active if one.bias is not None]
             _write_sum(bias, layer.pristine_bias.to(bias.device), shifts)
-
-
-def _kept(weight: Tensor, where: torch.device | None) -> Tensor:
-    return weight.detach().clone() if where in (None, weight.device) else weight.detach().to(where)
 
 
 def _write_sum(goal: Tensor, pristine: Tensor, active: Sequence[tuple[Update, float]]) -> None:

@@ -96,18 +96,17 @@ def set_loras(base: Base, loras: Sequence[LoRA]) -> None:
     heard = _heard.setdefault(base.unet, [])
     heard[:] = [name for name in heard if name not in names] + names
     forgotten, heard[:] = heard[: -SILENT - len(names)], heard[-SILENT - len(names) :]
-    for part in base.parts.values():
+    for name, part in base.parts.items():
         for layer in lora.layers(part).values():
             _arrange(layer, names, forgotten)
-    fold(base)
-
-
-def fold(base: Base) -> None:
-    """Folds all parts; of a base whose parts take turns the pristine weights wait where the parts do."""
-    for name, part in base.parts.items():
         if lora.layers(part):
             base_model.bring(base, name)
-            lora.fold(part, aside=base.home and base_model.AWAY)
+            _fold(base, part)
+
+
+def _fold(base: Base, part: nn.Module) -> None:
+    """Of a base whose parts take turns the pristine weights wait where the parts do."""
+    lora.fold(part, aside=base.home and base_model.AWAY)
 
 
 def _arrange(layer: lora.LoRALayer, last: list[str], forgotten: list[str]) -> None:
@@ -138,5 +137,5 @@ def speak_at(base: Base, loras: Sequence[LoRA], share: float) -> bool:
                 lora.set_strength(base.unet, strength, name)
                 changed = True
     if changed:
-        lora.fold(base.unet, aside=base.home and base_model.AWAY)
+        _fold(base, base.unet)
     return changed

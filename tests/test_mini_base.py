@@ -23,7 +23,7 @@ def mini() -> Base:
 
 @pytest.fixture(scope="session")
 def style_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `sdlora demo` leaves, the whole main job, but after half of its steps: it is a third of all that the other tests take."""
+    """What `sdlora demo` leaves, the whole main job, but after half of its steps, as all of them take a sixth of all tests' time."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     short = demo.style_config().model_copy(update={"steps": STEPS})
     with pytest.MonkeyPatch.context() as patch:

@@ -182,12 +182,11 @@ def rename(roots: Roots, key: str, name: str, language: str) -> str:
     Raises:
         UserError: if it is not there, or the name cannot be given.
     """
-    path = _lora(roots, key)
-    free_name(roots, name)
+    path, stem = _lora(roots, key), free_name(roots, name)
     if shelf.run_of(path):
-        copy = lora_moves.take_in(path, roots.loras, name or "")
+        copy = lora_moves.take_in(path, roots.loras, stem)
         return words.say("library.copied", language, name=path.stem, new=copy.stem)
-    return words.say("library.renamed", language, name=path.stem, new=lora_moves.rename(path, name or "").stem)
+    return words.say("library.renamed", language, name=path.stem, new=lora_moves.rename(path, stem).stem)
 
 
 def free_name(roots: Roots, name: str) -> str:

@@ -195,5 +195,10 @@ def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: 
     return folder
 
 
+def waits(line: Jobs, folder: Path) -> bool:
+    """Whether another training has to end before one can start."""
+    return jobs.at_work(line) not in (None, folder)
+
+
 def _clean(told: str) -> str:
     return told.encode("utf-8", "replace").decode()

@@ -18,7 +18,6 @@ from typing import Any
 import gradio as gr
 from gradio.events import api
 
-from sdlora import jobs as jobs_of
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
 from sdlora.ui import captions_page, gallery, lora_shelf, watch_page, words
@@ -101,7 +100,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, demo: gr.Blocks, is_free: Calla
         except UserError as problem:
             return message(str(problem), kind="bad"), gr.skip()
         job = places.key_of(roots.runs, folder)
-        told = "waits" if jobs_of.at_work(jobs) else "started"
+        told = "waits" if actions.waits(jobs, folder) else "started"
         return message(words.say(f"train.{told}", language, name=folder.name), kind="good"), job
 
     def on_started(request: gr.Request, job: str, status: str) -> list[Any]:

@@ -142,10 +142,8 @@ def buttons(job: Job) -> tuple[str, ...]:
     found = offered.get(job.state, ("go_on", "use"))
     if job.state not in offered or job.state == "done":
         found += ("put_away",) if job.added_s else ()  # one of a shell is on no list of ours
-    missing = {"report"} if not (job.folder / "report.html").is_file() else set[str]()
-    if "use" in found and not run_folder.has_lora(job.folder):
-        missing.add("use")
-    return tuple(one for one in found if one not in missing)
+    there = {"report": (job.folder / "report.html").is_file(), "use": run_folder.has_lora(job.folder)}
+    return tuple(one for one in found if there.get(one, True))
 
 
 def _head(job: Job, course: readings.Course, told: Sequence[dict[str, Any]], settings: dict[str, Any], language: str) -> str:
