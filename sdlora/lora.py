@@ -52,13 +52,14 @@ class LoRALayer(nn.Module):
 
     def _plain(self, x: Tensor) -> lora_fused.Linear | None:
         """Its weights, if it is a linear with one adapter that does nothing special, so that the short way can be taken."""
-        if len(self.adapters) != 1 or not isinstance(self.base, nn.Linear) or x.dtype != self.base.weight.dtype:
+        base, voices = self.base, self.adapters._modules  # each look through `nn.Module` costs a microsecond, so there are few
+        if len(voices) != 1 or not isinstance(base, nn.Linear):
             return None
-        one = self.voice(next(iter(self.adapters)))
-        if not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
+        (one,), weight = voices.values(), base.weight
+        if x.dtype != weight.dtype or not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
             return None
         down, up = one.spoken()
-        return lora_fused.Linear(self.base.weight, self.base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
+        return lora_fused.Linear(weight, base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
 
     def voices(self) -> Iterator[Adapter | Fixed]:
         """All adapters in the order in which they were added."""

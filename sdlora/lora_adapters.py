@@ -71,22 +71,17 @@ class Adapter(nn.Module):
         self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude.float()))
         self.register_buffer("start_down", down.float().clone() if relative else None)
         self.register_buffer("start_up", up.float().clone() if relative else None)
-        self.alpha = alpha
+        self.alpha, self.rank = alpha, len(down)  # the number of rows of A
         self.variant = variant
         self.strength = 1.0
-        self.current: tuple[Tensor, Tensor, Tensor | None] | None = None  # A, B and m while `lora_flat.spread` lasts
+        self._relative, self._two_factors = relative, magnitude is None and not relative
+        self._drops = max(variant.network_dropout, variant.rank_dropout, variant.module_dropout) > 0
+        self.current: tuple[Tensor, ...] | None = None  # A, B and, if there is one, m while `lora_flat.spread` lasts
 
     @property
     def is_plain(self) -> bool:
         """Whether it adds scale · B A x and does nothing else now."""
-        rules = self.variant
-        drops = self.training and (rules.network_dropout > 0 or rules.rank_dropout > 0 or rules.module_dropout > 0)
-        return self.magnitude is None and self.start_down is None and not drops
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of A."""
-        return self.down.shape[0]
+        return self._two_factors and not (self.training and self._drops)
 
     @property
     def scale(self) -> float:
@@ -107,25 +102,31 @@ class Adapter(nn.Module):
         turned = x * (self._gain(base) - 1).to(x.dtype)
         return operate(base, turned) * self.strength + self._low_rank(base, x + turned) * self.scale
 
+    def say(self, current: tuple[Tensor, ...] | None) -> None:
+        """Answers with these from now on, or with its own; set past `nn.Module`, which would ask each time whether it is a weight."""
+        object.__setattr__(self, "current", current)
+
     def spoken(self) -> tuple[Tensor, Tensor]:
         """A and B as they count in an answer: those that `lora_flat` has handed out, or its own."""
-        down, up, _ = self._now()
+        down, up, *_ = self._now()
         return self._counted(down, up)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as they count, in fp32."""
         return self._counted(self.down, self.up)
 
-    def _now(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.current or (self.down, self.up, self.magnitude)
+    def _now(self) -> tuple[Tensor, ...]:
+        return self.current or tuple(self.parameters())
 
     def _counted(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """A and B; if relative, [A; A - A₀] and [B - B₀, B₀], whose product is B A - B₀ A₀.
 
         The differences are taken in fp32 because the small steps of training would vanish from A and B themselves in bf16 or fp16.
         """
-        if self.start_down is None or self.start_up is None:
+        if not self._relative:
             return down, up
+        assert self.start_down is not None
+        assert self.start_up is not None
         return torch.cat([down, down - self.start_down]), torch.cat([up - self.start_up, self.start_up], dim=1)
 
     def low_rank(self) -> LowRank:
@@ -145,7 +146,7 @@ class Adapter(nn.Module):
 
     def _nothing(self) -> Tensor:
         """0 with gradients that are 0 and not missing, so that a step in which no module speaks is a step like any other."""
-        return torch.stack([weight.sum() for weight in self._now() if weight is not None]).sum() * 0
+        return torch.stack([weight.sum() for weight in self._now()]).sum() * 0
 
     def _dropped(self, hidden: Tensor, *, channel: int) -> Tensor:
         """A x as it is outside training, else without what network and rank dropout take."""
@@ -165,7 +166,6 @@ class Adapter(nn.Module):
             change = deltas.product(self.low_rank(), weight.shape)
             norm = deltas.norms(weight.float() + change, per_input=True)
         *_, magnitude = self._now()
-        assert magnitude is not None
         return (magnitude / norm).view(-1, *[1] * (weight.ndim - 2))
 
 

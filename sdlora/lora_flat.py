@@ -61,11 +61,12 @@ def spread(flats: Sequence[Flat], adapters: Sequence[Adapter], dtype: torch.dtyp
         views |= {id(part): piece.view(part.shape) for part, piece in zip(flat.parts, pieces, strict=True)}
     try:
         for one in adapters if flats else ():
-            one.current = (views[id(one.down)], views[id(one.up)], None if one.magnitude is None else views[id(one.magnitude)])
+            down, up, *others = (views[id(part)] for part in one._parameters.values() if part is not None)
+            one.say((down, up, *others))
         yield
     finally:
         for one in adapters:
-            one.current = None
+            one.say(None)
 
 
 def _sizes(flat: Flat) -> list[int]:

@@ -9,8 +9,7 @@ convolutions and several adapters in one layer take the way that is written out,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A frozen linear with its update: W [out, in], b [out] or None, A [r, in], B [out, r], and s, the factor of B A."""
 
     weight: Tensor
