@@ -6,10 +6,10 @@ are then opened again from the files they have written, and judged as `sdlora.mi
 The table goes to the screen and to FOLDER/table.md, the figures to FOLDER/figures.json, sheets of pictures beside them.
 
     python -m benchmarks.full_finetune --counts
-    python -m benchmarks.full_finetune --speed block --out FOLDER [--pairs 7] [--batch 1]
+    python -m benchmarks.full_finetune --speed mini|block|sd15|sdxl --out FOLDER [--pairs 7] [--batch 1] [--resolution 512] [--steps 4]
 
 The first counts SD 1.5 and SDXL at full size on the `meta` device: weights that move, what they weigh while training and as a file,
-operations of a step. The second measures what a step takes, on bases that a CPU can repeat, turn by turn in one process.
+operations of a step. The second measures what a step takes, turn by turn in one process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -295,16 +294,23 @@ def show_counts() -> int:
 
 
 def show_speed(options: argparse.Namespace) -> int:
-    """Prints what a step of either takes, and the ratio of full fine-tuning to LoRA."""
-    asked = train_step.arguments(["--family", options.speed, "--batch", str(options.batch), "--out", str(options.out)])
-    train_step.base_of(asked)
+    """Prints what a step of either takes, and the ratio of full fine-tuning to LoRA; both move the same UNet, so it is there once."""
+    words = ["--family", options.speed, "--batch", str(options.batch), "--out", str(options.out)]
+    asked = train_step.arguments(words + (["--resolution", str(options.resolution)] if options.resolution else []))
+    steps = options.steps or asked.steps
     go, _ = train_step.our_course(asked)
-    other, _ = train_step.our_course(asked)
-    whole, run = other.ready.base, other.run
-    lora.remove(whole.unet)
-    whole.unet.set_attn_processor(AttnProcessor2_0())
-    moved = trainable(whole, run, argparse.Namespace(contender="full", full_learning_rate=1e-5))
+    base, run, layers = go.ready.base, go.run, lora.layers(go.ready.base.unet)
+    weights = [weight for layer in layers.values() for weight in layer.base.parameters()]
+    weights += [weight for name, weight in base.unet.named_parameters() if not name.startswith(tuple(f"{layer}." for layer in layers))]
+    moved = Trained(optimizer.adamw([(weights, 1e-5)], weight_decay=run.optimizer.weight_decay), weights, [], [])
     taken = {"LoRA": 0, "full": 0}
+
+    def wear(*, layered: bool) -> None:
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(base.unet.get_submodule(parent), child, layer if layered else layer.base)
+        for weight in weights:
+            weight.requires_grad_(not layered)
 
     def next_of(who: str) -> int:
         taken[who] += 1
@@ -312,20 +318,21 @@ def show_speed(options: argparse.Namespace) -> int:
 
     def full_step() -> None:
         step = next_of("full")
-        batch = train.gather(run, other.ready, batch_index=step)
+        batch = train.gather(run, go.ready, batch_index=step)
         assert batch
-        torch.autograd.backward(train.loss_of_batch(whole, batch, other.alphas, run=run, batch_index=step))
+        torch.autograd.backward(train.loss_of_batch(base, batch, go.alphas, run=run, batch_index=step))
         nn.utils.clip_grad_norm_(moved.weights, run.optimizer.clip_norm)
         moved.mover.step()
         moved.mover.zero_grad(set_to_none=True)
 
     device = devices.best_device()
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "LoRA": (lambda: None, lambda: [train.take_step(go, next_of("LoRA")) for _ in range(asked.steps)]),
-        "full": (lambda: None, lambda: [full_step() for _ in range(asked.steps)]),
+        "LoRA": (lambda: wear(layered=True), lambda: [train.take_step(go, next_of("LoRA")) for _ in range(steps)]),
+        "full": (lambda: wear(layered=False), lambda: [full_step() for _ in range(steps)]),
     }
     times = drawing.alternating(work, rounds=options.pairs, device=device)
-    print(f"{options.speed}, batch {options.batch}, {asked.steps} steps per turn\n\n{drawing.table(times, against='LoRA')}\n")
+    told = f"{options.speed}, {asked.resolution} px, batch {options.batch}, {steps} step{'s' * (steps > 1)} per turn"
+    print(f"{told}\n\n{drawing.table(times, against='LoRA')}\n")
     ratio = drawing.quotient(times, "full", "LoRA")
     print(f"LoRA's throughput is {ratio:.2f} times that of full fine-tuning ({peers.clock_name(device)}).")
     return 0
@@ -360,11 +367,12 @@ def arguments(words: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="the run that both train")
     what.add_argument("--counts", action="store_true", help="count SD 1.5 and SDXL at full size")
-    what.add_argument("--speed", choices=("mini", "block"), help="measure steps of this base")
+    what.add_argument("--speed", choices=train_step.FAMILIES, help="measure steps of this base")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for weights, figures and sheets")
     parser.add_argument("--pairs", type=int, default=7, help="turns of each, for --speed")
     parser.add_argument("--batch", type=int, default=1, help="for --speed")
-    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--resolution", type=int, help="side in px, for --speed; the family's own if not given")
+    parser.add_argument("--steps", type=int, help="instead of the config's, or per turn for --speed")
     parser.add_argument("--full-learning-rate", type=float, default=3e-4, help="peak rate of full fine-tuning; the LoRA has the config's")
     parser.add_argument("--count", type=int, default=100, help="held-out prompts to judge")
     parser.add_argument("--contender", choices=tuple(NAMES), help=argparse.SUPPRESS)

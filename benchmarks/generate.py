@@ -183,7 +183,8 @@ def measure(options: argparse.Namespace) -> None:
         for seed in range(MANY if "ten" in parts else 1)
     ]
     chosen = options.lora or paths[0]
-    request = Request("a red star on a blue background", steps=options.steps)
+    side = options.resolution
+    request = Request("a red star on a blue background", steps=options.steps, width_px=side, height_px=side)
     found: dict[str, Any] = {}
     last = []
     for part, loras in (("latency", [LoRA(chosen)]), ("ten", [LoRA(path, 1 / MANY) for path in paths])):
@@ -222,6 +223,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--parts", default="latency,ten,strength")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--steps", type=int, default=20, help="of a picture")
+    parser.add_argument("--resolution", type=int, help="side in px; the base's own if not given")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for random weights, written once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
     return command.code_of(measure, parser.parse_args(words))
