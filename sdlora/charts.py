@@ -240,11 +240,11 @@ def _dots(one: Series, frame: _Frame, x_label: str) -> Iterable[str]:
 
 
 def _legend_rows(series: Sequence[Series]) -> list[list[tuple[float, Series]]]:
-    """The entries of the legend in lines, each with its place; a letter is taken to be 0.56 of its height wide."""
+    """The entries of the legend in lines, each with its place; a letter is taken to be 0.6 of its height wide."""
     rows: list[list[tuple[float, Series]]] = [[]]
     left = 2.0
     for one in series:
-        width = 30 + 0.56 * _LETTER * len(one.label) + 14
+        width = 30 + 0.6 * _LETTER * len(one.label) + 20
         if rows[-1] and left + width > _WIDTH:
             rows.append([])
             left = 2.0

@@ -232,6 +232,7 @@ def _wire_forecast(roots: Roots, parts: Parts, demo: gr.Blocks, is_free: Callabl
         newest.pop(str(request.session_hash), None)
 
     def forecast(request: gr.Request, measure: bool, set_id: str, *told: str) -> Iterator[str]:
+        """Says what a training would take: counted at once, then measured, until the session asks for something else."""
         language, session, mine = words.language_of(request.headers), str(request.session_hash), object()
         newest[session] = mine
         if not set_id:

@@ -148,6 +148,7 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
             return {"id": str(job), "state": "unknown", "words": actions.clean(str(problem))}
 
     def on_watch(request: gr.Request, job: str = "", seen: Any = None) -> list[Any]:
+        """Shows a training as it is now; what the session has seen already is not sent again."""
         language = words.language_of(request.headers)
         key = job if isinstance(job, str) and job else actions.current(roots, jobs)
         old = seen if isinstance(seen, dict) else {}
@@ -174,6 +175,8 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
         return [*found, new, "" if over else gr.skip()]
 
     def press(request_name: str) -> Any:
+        """What a button does, by the name of its request."""
+
         def on_press(request: gr.Request, job: str, token: str = "", question: Any = "") -> tuple[str, str]:
             """Asks a training, by its id, to do what the endpoint is called; ending what somebody else started needs a second call."""
             language, owner = words.language_of(request.headers), gallery.owner_of(token, str(request.session_hash))
