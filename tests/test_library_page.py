@@ -123,6 +123,8 @@ def test_a_run_is_one_card_its_best_in_front_and_the_other_checkpoints_folded_be
     assert "recommended" in actions.look(roots, key_of(roots, "cups-000010"), "en")[0]
     names = [one.shown for one in lora_shelf.fronts_first(lora_shelf.matching(lora_shelf.items(roots), order="name"), 6)]
     assert names == ["calm", "cups-000020", "foreign", "torn", "wild", "cups-000010"], "what Generate offers first"
+    offered = [name for name, _ in lora_shelf.choices_of(roots)]
+    assert offered == ["calm", "cups", "cups-000010", "cups-000020 ★", "foreign", "torn", "wild"], "what Compare and merging offer"
 
 
 def test_header_facts_are_those_of_the_file_read_whole(roots: Roots) -> None:
