@@ -47,7 +47,6 @@ button:hover { border-color: var(--primary-400); } button:disabled { opacity: 0.
 SCRIPT = (
     MAKE
     + r"""
-const texts = props.texts[(navigator.language || "en").slice(0, 2)] || props.texts.en;
 const [welcome, general, cards, pages, newer, said, older] =
   [".welcome", ".general", ".cards", ".pages", ".newer", ".said", ".older"].map((one) => element.querySelector(one));
 const finding = (one) => make("li", "finding " + one.severity, one.what);

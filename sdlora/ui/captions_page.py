@@ -57,10 +57,6 @@ def said(name: str) -> dict[str, Any]:
 
 def layout(roots: Roots) -> Parts:
     """Everything that is seen, to be called inside a `gr.Blocks`."""
-    keys = [key for key in words.tables() if key.startswith(("train.card_", "train.welcome"))]
-    texts = {
-        language: {key.removeprefix("train."): words.tables()[key][language] for key in keys} for language in words.LANGUAGES
-    }  # fmt: skip
 
     def write(told: object) -> str:
         sent = [*told, "", "", ""][:3] if isinstance(told, list) else ["", "", ""]
@@ -73,7 +69,8 @@ def layout(roots: Roots) -> Parts:
     made: dict[str, Any] = {}
     made["summary"] = gr.HTML(elem_id="train-check", padding=False)
     made["cards"] = gr.HTML(
-        actions.NOTHING, html_template=HTML, css_template=CSS, js_on_load=SCRIPT, apply_default_css=False, texts=texts,
+        actions.NOTHING, html_template=HTML, css_template=CSS, apply_default_css=False,
+        js_on_load=words.for_script("train.card_", "train.welcome", without="train.") + SCRIPT,
         server_functions=[write], elem_id="train-cards", label="captions",
     )  # fmt: skip
     made["page"] = gr.Number(1, label="page", visible="hidden", elem_id="train-page")

@@ -35,10 +35,6 @@ STRONGEST = 2.0
 
 def control(studio: Studio, *, base: str) -> gr.HTML:
     """The cards, to be called inside a `gr.Blocks`."""
-    keys = [key for key in words.tables() if key.startswith("generate.card_")]
-    texts = {
-        language: {key.removeprefix("generate.card_"): words.tables()[key][language] for key in keys} for language in words.LANGUAGES
-    }  # fmt: skip
 
     def find(told: object) -> dict[str, Any]:
         return found(studio, *_pair(told))
@@ -46,7 +42,7 @@ def control(studio: Studio, *, base: str) -> gr.HTML:
     def look(told: object) -> dict[str, Any]:
         return card(studio, *_pair(told))
 
-    script = f"const TEXTS = {json.dumps(texts)}, BASE = {json.dumps(base)};\n{SCRIPT}"
+    script = words.for_script("generate.card_", without="generate.card_") + f"const BASE = {json.dumps(base)};\n{SCRIPT}"
     return gr.HTML(
         {"chosen": []}, html_template=HTML, css_template=CSS, js_on_load=script, apply_default_css=False,
         server_functions=[find, look], elem_id="loras", label="LoRA",

@@ -64,11 +64,10 @@ const make = (tag, className, text) => {
 };
 """
 
-# TEXTS and BASE are written into the script: in a tab that was not open yet an event that changes nothing takes gradio's own props away.
+# `texts` and BASE stand before it, see `words.for_script`.
 SCRIPT = (
     MAKE
     + r"""
-const texts = TEXTS[(navigator.language || "en").slice(0, 2)] || TEXTS.en;
 const [cards, add, picker, search, count, results] =
   [".cards", ".add", ".picker", ".search", ".count", ".results"].map((one) => element.querySelector(one));
 const base = () => window.sdloraBase || BASE;

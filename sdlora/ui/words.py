@@ -6,6 +6,7 @@ The tables are `words/*.toml`, one per page: `[key]` with `en` and `ko`. Labels 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -57,6 +58,21 @@ def say(key: str, language: str = "en", **values: object) -> str:
         KeyError: if no table has the key.
     """
     return tables()[key][language].format_map(values)
+
+
+def for_script(*prefixes: str, without: str) -> str:
+    """A line of JavaScript that has the texts of some keys, in the browser's language, as `texts`.
+
+    Written into a script and not handed to it as a property: in a tab that was not open yet an event that changes nothing takes gradio's
+    own properties away.
+
+    Args:
+        prefixes: what the keys begin with.
+        without: what they lose there, such as "train.".
+    """
+    told = {key.removeprefix(without): words for key, words in tables().items() if key.startswith(prefixes)}
+    every = {language: {key: words[language] for key, words in told.items()} for language in LANGUAGES}
+    return f'const allTexts = {json.dumps(every)}, texts = allTexts[(navigator.language || "en").slice(0, 2)] || allTexts.en;\n'
 
 
 def language_of(headers: Mapping[str, str]) -> str:
