@@ -53,7 +53,8 @@ from sdlora.validation import Exam
 from sdlora.verdict import Verdict
 
 TRIGGERS = {"style": "vitrail", "character": "pip"}
-RATES = {"style": (3e-3, 0.0), "character": (2e-3, 4e-4)}
+RATES = {"style": (2e-3, 0.0), "character": (2e-3, 4e-4)}
+STEPS = {"style": 1536, "character": 768}  # far beyond the best checkpoint
 PICTURES, BLOCK = 16, 40
 NEAR, FALLEN = 2.0, 5.0  # points below the best checkpoint: as good, and clearly worse
 LENGTHS, STRIDE = (0.5, 0.58, 0.66, 0.75), 6  # where the reader looks for things in stained glass
@@ -276,11 +277,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=768)
-    parser.add_argument("--every", type=int, default=192)
+    parser.add_argument("--steps", type=int, help="of a run; 1536 for a style and 768 for a character if not given")
+    parser.add_argument("--every", type=int, help="steps between checkpoints; a quarter of those if not given")
     parser.add_argument("--count", type=int, default=120, help="prompts for the judge, in blocks of 40")
     parser.add_argument("--most", type=int, default=400, help="prompts where more are needed to say whether the regret is small")
     options = parser.parse_args()
+    options.steps = options.steps or STEPS[options.kind]
+    options.every = options.every or options.steps // 4
     reader.STRIDE, reader.LENGTHS = STRIDE, LENGTHS
     cases = []
     for seed in range(options.first, options.first + options.seeds):

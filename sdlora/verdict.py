@@ -17,8 +17,8 @@ from sdlora.events import Validated
 
 # How much a gain on the run's own pictures counts beside one on held-out pictures, by what they have in common: a style is all of a
 # picture, a character a part of it, and the rest is only memorised. Both are the middle of what is good on the runs of docs/log.md.
-OWN = {"style": 0.5, "character": 0.1}
-DEAREST = 0.3  # a rise of the held-out loss above its lowest that no gain on the run's own pictures is worth
+OWN = {"style": 0.65, "character": 0.1}
+DEAREST = 0.8  # a rise of the held-out loss above its lowest that no gain on the run's own pictures is worth
 ALIKE = 0.005  # losses that differ by less, as a share, are as good as each other
 OVERFIT = 0.05  # a rise of the held-out loss above its lowest that is said aloud
 BROKEN_DRIFT = 1.0  # answers to captions without the trigger have moved as far as they are long

@@ -68,7 +68,7 @@ def test_a_look_that_is_learned_further_is_worth_some_error_but_not_any() -> Non
     assert (told.step, told.overfitting) == (300, True)
     assert "more of the look is learned there" in told.reason
     assert "(error 0.135, lowest 0.13 at step 200, 0.46 without the LoRA)" in told.reason
-    assert verdict.verdict(looks([0.14, 0.13, 0.2, 0.3], [0.14, 0.12, 0.06, 0.02])).step == 200
+    assert verdict.verdict(looks([0.14, 0.13, 0.24, 0.3], [0.14, 0.12, 0.06, 0.02])).step == 200
     last = verdict.verdict(rows[:-1])
     assert last.step == 300
     assert "longer run" not in last.reason  # the error has begun to rise
@@ -77,7 +77,7 @@ def test_a_look_that_is_learned_further_is_worth_some_error_but_not_any() -> Non
 def test_of_a_character_less_error_is_given_for_what_is_learned_further() -> None:
     rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.06, 0.05])
     assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 300]  # twice as near to its own pictures
-    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.1, 0.05])
+    rows = looks([0.14, 0.13, 0.135, 0.24], [0.14, 0.12, 0.1, 0.05])
     assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 200]
     told = verdict.verdict(rows, kind="character")
     assert "predicted best there" in told.reason
