@@ -178,7 +178,12 @@ def _sentence(problem: ValidationError) -> str:
     name = ".".join(str(part) for part in error["loc"] if not kinds.fullmatch(str(part)) or isinstance(part, int))
     if error["type"] == "extra_forbidden":
         valid = _keys_beside(error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0)
+        last = str(error["loc"][-1])
+        tables = {table: fields.model_fields for table, fields in TABLES.items() if table in Config.model_fields}
+        elsewhere = [f"{table}.{last}" for table, fields in tables.items() if last in fields and last not in valid]
+        if elsewhere:
+            return f"unknown key '{name}'; it belongs into a table: {' or '.join(elsewhere)}."
+        near = difflib.get_close_matches(last, valid, n=1, cutoff=0)
         return f"unknown key '{name}'; the nearest valid key is '{near[0]}'. Valid here: {', '.join(valid)}."
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
