@@ -15,6 +15,8 @@ from sdlora.excerpt import Kind
 from sdlora.memory import GIB
 from sdlora.trial import Measured
 
+COURSE = ("training", "samples", "validation", "saving")  # parts of `seconds` that lie between a run's beginning and its last save
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -101,9 +103,15 @@ class Forecast:
         """Of the run folder."""
         return sum(self.run_bytes.values())
 
+    @property
+    def course_s(self) -> float | None:
+        """From the first step to the last save: what a report can compare, which is written after it and says nothing of before it."""
+        return sum(self.seconds[part] for part in COURSE) if self.seconds else None
+
     def row(self) -> dict[str, Any]:
         """What stands in `metrics.jsonl`."""
-        return {"step_s": self.step_s, "total_s": self.total_s, "peak_bytes": self.peak_bytes, "disk_bytes": self.disk_bytes}
+        times = {"step_s": self.step_s, "course_s": self.course_s, "total_s": self.total_s}
+        return times | {"peak_bytes": self.peak_bytes, "disk_bytes": self.disk_bytes}
 
     def lines(self) -> list[str]:
         """In sentences, for the terminal."""

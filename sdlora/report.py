@@ -40,7 +40,9 @@ from sdlora.verdict import Verdict
 _STEPS = 8  # pictures of a prompt; more are not compared but counted
 _FILES = 4  # with their hashes in sight; more are folded away
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
-_FORECAST = {"step_s": "One step", "total_s": "The whole run", "peak_bytes": "Memory at most", "disk_bytes": "On the disk"}
+_FORECAST = {
+    "step_s": "One step", "course_s": "From the first step to the last save", "peak_bytes": "Memory at most", "disk_bytes": "On the disk",
+}  # fmt: skip
 
 
 def write(folder: Path, *, verdict: Verdict | None, sheet: Path | None) -> Path:
@@ -229,6 +231,9 @@ def _course(facts: Facts) -> Iterator[Block]:
     both = [key for key in report_facts.FORECAST if key in facts.forecast and key in facts.measured]
     if both:
         yield Table(("", "forecast", "measured", "difference"), tuple(_compared(facts, key) for key in both))
+    else:
+        words: Words = ("Nothing was forecast; ", Code("sdlora train --plan"), " does that first, and here it is held against what came.")
+        yield Paragraph(words, faint=True)
     if facts.happenings:
         yield Listed(tuple(_dated(one) for one in facts.happenings))
     if facts.unreadable:

@@ -23,7 +23,7 @@ from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.events import Started, Step, Validated
 
-FORECAST = ("step_s", "total_s", "peak_bytes", "disk_bytes")
+FORECAST = ("step_s", "course_s", "peak_bytes", "disk_bytes")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _measured(folder: Path, steps: Sequence[Step], rows: Sequence[Mapping[str, A
     seconds = [one.step_s for one in steps if math.isfinite(one.step_s)]
     found = {
         "step_s": statistics.median(seconds) if seconds else 0.0,
-        "total_s": _worked_s(rows) or sum(seconds),
+        "course_s": _worked_s(rows) or sum(seconds),
         "peak_bytes": peak_bytes,
         "disk_bytes": float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())),
     }

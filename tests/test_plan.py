@@ -183,9 +183,11 @@ def test_the_whole_run_is_the_sum_of_its_parts(tiny_base: Path, pictures: Path) 
         "saving": 3 * 0.5 * (1 + counted.trained_bytes / 2**20), "report": 6 * 2.0 + 9 * 16 * 2 * 0.0625,
     })  # fmt: skip
     assert told.total_s == pytest.approx(sum(told.seconds.values()))
+    before_or_after = ("start", "looking at pictures", "class pictures", "encoding", "report")
+    assert told.course_s == pytest.approx(told.total_s - sum(told.seconds[part] for part in before_or_after))
     assert told.run_bytes == {"LoRA files": 3 * 2**20, "states": 2 * counted.trained_bytes, "samples": 3000, "report": 6000 + 12_000}
     assert json.loads(json.dumps(told.row())) == {
-        "step_s": told.step_s, "total_s": told.total_s, "peak_bytes": 3 * GIB, "disk_bytes": told.disk_bytes,
+        "step_s": told.step_s, "course_s": told.course_s, "total_s": told.total_s, "peak_bytes": 3 * GIB, "disk_bytes": told.disk_bytes,
     }  # fmt: skip
 
 

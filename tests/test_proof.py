@@ -24,7 +24,7 @@ def proven(base: Path, pictures: Path, **changes: Any) -> config.Config:
 def told(tiny_base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[events.Event]]:
     """A run with everything, and its events."""
     folder = tmp_path_factory.mktemp("proof") / "run"
-    return folder, list(train.train(proven(tiny_base, pictures), folder, forecast={"step_s": 0.5, "total_s": 10.0}))
+    return folder, list(train.train(proven(tiny_base, pictures), folder, forecast={"step_s": 0.5, "course_s": 10.0}))
 
 
 def test_a_run_ends_with_a_recommendation_that_names_a_file(told: tuple[Path, list[events.Event]]) -> None:

@@ -127,7 +127,7 @@ def page_of(folder: Path, verdict: Verdict | None = None, sheet: Path | None = N
 def whole(tmp_path: Path) -> Path:
     """A run with all that a run can have."""
     rows: list[dict[str, Any]] = [
-        {"event": "forecast", "step_s": 0.2, "total_s": 2.0, "peak_bytes": 1e9},
+        {"event": "forecast", "step_s": 0.2, "course_s": 2.0, "peak_bytes": 1e9},
         STARTED,
         look(0, drift=0),
         sampled(0),
@@ -263,12 +263,12 @@ def test_pauses_and_the_time_until_a_run_was_continued_do_not_count(tmp_path: Pa
     events = [(0, STARTED), (10, step(1)), (11, {"event": "paused", "step": 1}), (1000, step(2)), (1010, step(3))]
     events += [(9000, {"event": "continued", "step": 3, "notes": []}), (9005, step(4))]
     facts = report_facts.read(run_folder(tmp_path / "run", [row | {"time_s": 1e9 + time_s} for time_s, row in events]))
-    assert facts.measured["total_s"] == 10 + 1 + 10 + 5
+    assert facts.measured["course_s"] == 10 + 1 + 10 + 5
     assert "Paused after step 1 for 16 min 29 s." in [one.words for one in facts.happenings]
 
 
 def test_without_times_the_steps_are_added_up(tmp_path: Path) -> None:
-    assert report_facts.read(run_folder(tmp_path / "run", [STARTED, step(1), step(2)])).measured["total_s"] == 0.5
+    assert report_facts.read(run_folder(tmp_path / "run", [STARTED, step(1), step(2)])).measured["course_s"] == 0.5
 
 
 def test_a_stopped_run_has_a_report_of_what_there_is(tmp_path: Path) -> None:
