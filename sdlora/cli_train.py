@@ -59,7 +59,10 @@ def train(
     if dry_run:
         show_plan(run)
         return
-    folder, goes_on = folder_for(Path("runs") / run.name, resume or out)
+    wanted = Path("runs") / run.name
+    folder, goes_on = folder_for(wanted, resume or out)
+    if not goes_on and not (resume or out) and folder != wanted and is_first():
+        console.print(f"Earlier runs of this name have come to their end, the first in {wanted}, so this is a new one.", soft_wrap=True)
     if resume and not goes_on:
         raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")
     told = forecast(run, measure=True) if plan_first else None
@@ -67,7 +70,7 @@ def train(
         raise UserError("The run does not fit as it is; give the words above, and it does.")
     path = follow(run, folder, resume=goes_on, allow_changes=allow_changes, forecast=told)
     if is_first():
-        console.print(f"The LoRA file: {path}", soft_wrap=True)
+        console.print(f"The LoRA after the last step: {path}", soft_wrap=True)
 
 
 @training.command()
@@ -184,8 +187,10 @@ def show(event: object, run: Config, bar: Bars) -> Path | None:
             bar.print(f"Stopped after step {step}; the LoRA so far is {path}, and the same command goes on")
         case events.Proving(done, total):
             bar.show("drawing the comparison", done, total)
-        case events.Reported(path, verdict):
+        case events.Reported(path, verdict, best, strength):
             bar.print(f"{verdict}\nThe report: {path}".strip())
+            if best:
+                bar.print(f"Use {best} at strength {strength:g}")
         case events.Done(path):
             return path
     return None

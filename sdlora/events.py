@@ -127,10 +127,16 @@ class Proving:
 
 @dataclass(frozen=True)
 class Reported:
-    """The report was written; `verdict` says which checkpoint to use, in a sentence."""
+    """The report was written; `verdict` says which checkpoint to use, in a sentence.
+
+    Args:
+        best: the recommended file, or None; and `strength` to draw with.
+    """
 
     path: Path
     verdict: str
+    best: Path | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ def proof(run: Config, folder: Path, ready: Prepared) -> Iterator[Event]:
             else:
                 files.write(sheet, images.png_bytes(item))
     path = report.write(folder, verdict=found, sheet=sheet)
-    yield Reported(path, f"{found.reason} {found.warning}".strip() if found else "")
+    if found is None:
+        yield Reported(path, "")
+    else:
+        yield Reported(path, f"{found.reason} {found.warning}".strip(), run_folder.lora_path(folder, run, found.step), found.strength)
 
 
 def judged(run: Config, folder: Path, ready: Prepared) -> Verdict | None:

@@ -23,6 +23,7 @@ ALIKE = 0.005  # losses that differ by less, as a share, are as good as each oth
 OVERFIT = 0.05  # a rise of the held-out loss above its lowest that is said aloud
 BROKEN_DRIFT = 1.0  # answers to captions without the trigger have moved as far as they are long
 SAME_STRENGTH = 0.01  # a strength must lower the loss by more to be preferred to one nearer to 1
+LOUDEST = 1.0  # more than what was trained lowers the error of a short run and spoils its pictures: nothing louder is recommended
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,29 @@ def verdict(
     rise = _rise(looks, turn)
     overfits = rise > OVERFIT or not _is_sound(last)
     warning = _warning_after(looks, chosen if not _is_sound(last) else turn, rise) if overfits else _warning_useless(looks, chosen)
-    return Verdict(step, strength(strengths), _reason(looks, chosen, kind), overfits, warning)
+    best = strength(strengths)
+    reason = f"{_reason(looks, chosen, kind).removesuffix('.')}{_why_strength(strengths, best)}."
+    return Verdict(step, best, reason, overfits, warning)
 
 
 def strength(table: Sequence[tuple[float, float]]) -> float:
-    """Of the strengths whose loss is the lowest, to `SAME_STRENGTH`, the one nearest to 1; 1 for an empty table."""
-    lowest = min((loss for _, loss in table), default=0.0)
-    good = [one for one, loss in table if loss <= lowest * (1 + SAME_STRENGTH)]
-    return min(good, key=lambda one: (abs(one - 1), one), default=1.0)
+    """Of the strengths up to `LOUDEST` whose loss is the lowest, to `SAME_STRENGTH`, the one nearest to 1; 1 for an empty table."""
+    quiet = [(one, loss) for one, loss in table if one <= LOUDEST]
+    lowest = min((loss for _, loss in quiet), default=0.0)
+    good = [one for one, loss in quiet if loss <= lowest * (1 + SAME_STRENGTH)]
+    return max(good, default=1.0)
+
+
+def _why_strength(table: Sequence[tuple[float, float]], best: float) -> str:
+    """Why a strength is recommended, as the sentence's last part; "" if nothing was measured."""
+    losses = dict(table)
+    if best not in losses or 1.0 not in losses:
+        return ""
+    if best < 1:
+        return f"; at strength {best:g} those pictures are predicted better (error {losses[best]:.3g}) than at 1 ({losses[1.0]:.3g})"
+    if min(losses.values()) < losses[1.0] * (1 - SAME_STRENGTH):
+        return "; above strength 1 they are predicted still better, but pictures are spoilt there, so rather train longer"
+    return "; no other strength predicts those pictures better than 1"
 
 
 def _held(look: Validated) -> float:
@@ -145,9 +161,10 @@ def _praise(looks: Sequence[Validated], chosen: Validated, kind: str) -> str:
     """What the chosen checkpoint does best, with the numbers to check it by."""
     base = next((look for look in looks if look.step == 0), None)
     without = f", {_held(base):.3g} without the LoRA" if base else ""
-    if _is_lowest(looks, chosen):
-        return f"pictures that it was not trained on are predicted best there (error {_held(chosen):.3g}{without})"
     lowest = _lowest(looks, chosen)
+    if _is_lowest(looks, chosen):
+        how = "best there" if lowest.step == chosen.step else "there as well as anywhere"
+        return f"pictures that it was not trained on are predicted {how} (error {_held(chosen):.3g}{without})"
     numbers = f"(error {_held(chosen):.3g}, lowest {_held(lowest):.3g} at step {lowest.step}{without})"
     if lowest.step > chosen.step or price(lowest, kind) < price(chosen, kind):
         return f"of the checkpoints that were saved it does best on pictures that it was not trained on {numbers}"

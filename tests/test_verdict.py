@@ -124,11 +124,29 @@ def test_nothing_learned_is_said() -> None:
         ([(0.6, 0.2), (0.8, 0.15), (1.0, 0.13), (1.2, 0.14)], 1.0),
         ([(0.6, 0.2), (0.8, 0.12), (1.0, 0.13), (1.2, 0.14)], 0.8),
         ([(0.6, 0.13), (0.8, 0.1299), (1.0, 0.1301), (1.2, 0.1302)], 1.0),  # all alike: what was trained
-        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], 1.2),
+        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], 1.0),  # louder than what was trained spoils pictures
     ],
 )
 def test_another_strength_is_recommended_only_where_it_is_clearly_better(table: list[tuple[float, float]], strength: float) -> None:
     assert verdict.strength(table) == strength
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ([(0.8, 0.12), (1.0, 0.13)], "; at strength 0.8 those pictures are predicted better (error 0.12) than at 1 (0.13)."),
+        ([(0.8, 0.15), (1.0, 0.13), (1.2, 0.14)], "; no other strength predicts those pictures better than 1."),
+        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], "so rather train longer."),
+    ],
+)
+def test_the_strength_has_a_reason_too(table: list[tuple[float, float]], why: str) -> None:
+    told = verdict.verdict(looks([0.2, 0.13], [0.18, 0.11]), strengths=table)
+    assert told.reason.endswith(why)
+
+
+def test_of_two_that_are_as_good_the_earlier_is_not_called_the_best() -> None:
+    told = verdict.verdict(looks([0.2, 0.1301, 0.13], [0.18, 0.1201, 0.1203]))
+    assert (told.step, "predicted there as well as anywhere (error 0.13," in told.reason) == (200, True)
 
 
 def test_every_sentence_is_one_sentence() -> None:
