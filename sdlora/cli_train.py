@@ -132,12 +132,15 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
         UserError: as `train.train`.
         typer.Exit: with 130 or 143 if a signal has ended it; a second signal ends at once.
     """
-    from sdlora import events, run_folder
-    from sdlora import train as story
+    from sdlora import events, run_folder, run_lock
 
     quiet = not is_first()
-    if not resume and not quiet:
-        run_folder.check_free(folder)
+    if not quiet:
+        run_lock.refuse_held(folder)
+        if not resume:
+            run_folder.check_free(folder)
+    from sdlora import train as story  # takes seconds: what can be refused has been
+
     with progress(quiet=quiet) as bar, signals_ask_to_stop(folder) as signals:
         bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
         for event in story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=forecast.row() if forecast else None):
@@ -174,9 +177,9 @@ def show(event: object, run: Config, bar: Bars) -> Path | None:
             bar.print(f"Going on after step {step}" if step else "No state was saved yet: from the beginning")
             for note in notes:
                 bar.print(f"Note: {note}")
-        case events.Validated(step, held_out, seen, _, drift) if step:
+        case events.Validated(step, held_out, seen, _, drift):
             held = "" if held_out is None else f"held-out loss {held_out:.4f}, "
-            bar.print(f"Step {step}: {held}seen {seen:.4f}, drift {100 * drift:.1f} %")
+            bar.print(f"Step {step}{'' if step else ', the base'}: {held}seen {seen:.4f}, drift {100 * drift:.1f} %")
         case events.Step():
             bar.show("training", event.step, run.steps, f"loss {event.loss:.4f}")
         case events.Paused(step):

@@ -24,6 +24,8 @@ from sdlora.errors import UserError
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
     """Reads a run's TOML file; relative data folders are looked for from where the command runs and then from the file's folder.
 
+    A run without a name has that of its file.
+
     Args:
         changes: "key=value" or "table.key=value", with the value in TOML.
 
@@ -40,6 +42,7 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid TOML: {toml_fault(problem)}.") from problem
     for change in changes or []:
         _apply(values, change)
+    values.setdefault("name", re.sub(r"[^\w. -]", "-", path.stem).strip(" .-_") or "run")
     run = parse(values, where=str(path))
     return run.model_copy(update={"data": [_found(one, path.parent) for one in run.data]})
 

@@ -98,7 +98,7 @@ def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[st
     )
     step = 0
     if state:
-        notes += resuming.check(state, go.facts, allow_changes=allow_changes)
+        notes += resuming.check(state, go.facts, allow_changes=allow_changes, before=notes)
         resuming.restore(state, base, go.mover, go.average)
         if go.accelerator.scaler and "scaler" in state.facts:
             go.accelerator.scaler.load_state_dict(state.facts["scaler"])
@@ -221,6 +221,7 @@ def waited(go: Course, step: int) -> Iterator[Event]:
         yield noted(go, Paused(step))
         while run_folder.is_asked(go.folder, "pause") and not run_folder.is_asked(go.folder, "stop"):
             run_lock.beat(go.folder)
+            run_folder.forget(go.folder, "save")  # everything was saved before it waited
             time.sleep(pausing.LOOK_S)
     if not run_folder.is_asked(go.folder, "stop"):
         yield noted(go, Continued(step))

@@ -84,18 +84,22 @@ def notes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check(state: State, now: Mapping[str, Any], *, allow_changes: bool) -> list[str]:
+def check(state: State, now: Mapping[str, Any], *, allow_changes: bool, before: Sequence[str] = ()) -> list[str]:
     """What is worth knowing before the run goes on.
+
+    Args:
+        before: what else is to be said if it does not.
 
     Raises:
         UserError: if something has changed that makes another LoRA, and that is not allowed.
     """
     changed = differences(state.facts, now)
     if changed and not allow_changes:
-        raise UserError(
+        told = (
             f"The run stopped after step {state.step} with other settings or pictures: {'; '.join(changed)}. Give --allow-changes to go on "
             "with them as they are now, put them back as they were, or start anew with --out FOLDER."
         )
+        raise UserError(" ".join([*before, told]))
     return [*(f"Changed: {one}." for one in changed), *notes(state.facts, now)]
 
 

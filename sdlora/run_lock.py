@@ -115,6 +115,16 @@ def owner(folder: Path) -> Owner | None:
     return None
 
 
+def refuse_held(folder: Path) -> None:
+    """Says at once what `held` would say later.
+
+    Raises:
+        UserError: if another run holds the folder.
+    """
+    if other := owner(folder):
+        raise _refusal(folder, other)
+
+
 def is_running(pid: int) -> bool:
     """Whether there is a process of this number on this machine; one that has ended and waits for its parent does not count."""
     return _born(pid) is not None

@@ -20,7 +20,7 @@ from sdlora import run_folder, run_lock
 
 DEPTH = 3  # folders below the one that is asked for: a sweep's runs lie two below `runs`
 _SAMPLE = re.compile(r"(\d+)-(\d+)\.png")
-_LIFE = ("started", "continued", "stopped", "done")  # the last of these says what has become of a run that is not at work
+_LIFE = ("started", "continued", "stopped", "failed", "done")  # the last of these says what has become of a run that is not at work
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Run:
     """One run folder.
 
     Args:
-        state: "running", "paused", "done", "stopped" (somebody asked it to end), "interrupted" (it ended without a word and can go on), or
-            "broken" (its config cannot be read).
+        state: "running", "paused", "done", "stopped" (somebody asked it to end), "failed" (by a mistake that it names), "interrupted" (it
+            ended without a word and can go on), or "broken" (its config cannot be read).
         step, steps: how far it is, of how many.
         when_s: unix time of its last sign of life; None if it gave none.
         best: what it recommends, if it came to that.
@@ -179,7 +179,7 @@ def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
     if run_lock.owner(folder):
         return "paused" if (folder / "pause").exists() else "running"
     last = next((row["event"] for row in reversed(rows) if row["event"] in _LIFE), "")
-    return last if last in ("done", "stopped") else "interrupted"
+    return last if last in ("done", "stopped", "failed") else "interrupted"
 
 
 def _best(folder: Path) -> tuple[Best | None, str]:

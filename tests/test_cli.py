@@ -92,8 +92,10 @@ def test_set_changes_a_key_and_dry_run_shows_it_and_trains_nothing(config_path: 
 
 
 def test_a_second_run_without_out_gets_a_folder_of_its_own(config_path: Path, tmp_path: Path) -> None:
-    for _ in range(2):
-        assert run("train", str(config_path), "--set", "steps=1", "--set", "sample_every=0", cwd=tmp_path)[0] == 0
+    for again in (False, True):
+        code, said, _ = run("train", str(config_path), "--set", "steps=1", "--set", "sample_every=0", cwd=tmp_path)
+        assert code == 0
+        assert ("have come to their end, the first in runs/tiny, so this is a new one" in " ".join(said.split())) == again
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
 
 

@@ -32,6 +32,13 @@ def test_a_config_reads_and_writes_back_the_same(tmp_path: Path) -> None:
     assert config.load(written(tmp_path, config.to_toml(run))) == run
 
 
+def test_a_run_without_a_name_has_that_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "my cat (2).toml"
+    path.write_text(RUN.replace('name = "pip-v1"\n', ""))
+    assert config.load(path).name == "my cat -2"
+    assert config.load(path, changes=["name=pip"]).name == "pip"
+
+
 def test_a_data_folder_is_found_beside_the_config_and_first_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     assert config.load(written(tmp_path, RUN)).data[0].folder == tmp_path / "pictures"
@@ -54,7 +61,7 @@ def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
         (RUN.replace("60", '"sixty"'), r"'steps' is 'sixty' \(str\); input should be a valid integer"),
         (RUN.replace("60", "0"), r"'steps' is 0 \(int\); input should be greater than or equal to 1"),
         (RUN.replace('"character"', '"person"'), r"'kind' is 'person' .* 'style' or 'character'"),
-        (RUN.replace('name = "pip-v1"', ""), r"key 'name' is missing"),
+        (RUN.replace("base =", "# base ="), r"key 'base' is missing"),
         (RUN.replace("pip-v1", "../pip"), r"'name' is '../pip'"),
         ("base = ", r"is not valid TOML"),
     ],

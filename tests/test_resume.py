@@ -209,6 +209,8 @@ def test_a_run_pauses_with_everything_saved_until_the_file_is_gone(short: Whole,
 
     def wait(seconds: float) -> None:
         looks.append(checkpoint.steps(folder / "state"))
+        assert not run_folder.is_asked(folder, "save"), "all was saved before it waited"
+        run_folder.ask(folder, "save")
         if len(looks) == 3:
             run_folder.forget(folder, "pause")
 
@@ -282,6 +284,12 @@ def test_what_has_changed_is_named_and_only_allowed_when_asked_for(
     with pytest.raises(UserError, match=rf"after step 5 with other settings or pictures: {words}\. Give --allow-changes"):
         list(train.train(run, left, resume=True))
     assert interrupted.contents(left) == before
+    state = next(path for path in (left / "state" / "000005").iterdir() if path.suffix == ".safetensors")
+    whole = state.read_bytes()
+    state.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"State of step 5 is damaged .* after step \d with other settings or pictures: {words}\."):
+        list(train.train(run, left, resume=True))
+    state.write_bytes(whole)
     told = list(train.train(run, left, resume=True, allow_changes=True))
     assert continued(told).step == 5
     assert [note.partition(":")[0] for note in continued(told).notes] == ["Changed"]

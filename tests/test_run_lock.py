@@ -95,6 +95,8 @@ def test_the_second_run_is_refused_and_told_who_holds_the_folder_and_since_when(
         owner = run_lock.owner(tmp_path)
         assert owner is not None
         assert owner.pid == one.pid
+        with pytest.raises(UserError, match=f"in use by process {one.pid} "):
+            run_lock.refuse_held(tmp_path)
         with holding(tmp_path, locks=locks) as (other,):
             assert f"process {one.pid} on " in first_line(other)
         assert run_lock.owner(tmp_path) == owner
@@ -103,6 +105,7 @@ def test_the_second_run_is_refused_and_told_who_holds_the_folder_and_since_when(
     assert str(caught.value).startswith(begin)
     assert str(caught.value).endswith(" s ago); stop that run, or choose another folder with --out.")
     assert run_lock.owner(tmp_path) is None
+    run_lock.refuse_held(tmp_path)
     with run_lock.held(tmp_path):
         pass
 

@@ -44,6 +44,7 @@ def test_a_finished_run_tells_its_settings_size_and_recommendation(tmp_path: Pat
         ([], "interrupted"),
         ([STARTED, *steps(2)], "interrupted"),
         ([STARTED, *steps(2), {"event": "stopped", "step": 2}], "stopped"),
+        ([STARTED, *steps(2), {"event": "failed", "words": "The loss is not finite."}], "failed"),
         ([STARTED, *steps(2), {"event": "stopped", "step": 2}, {"event": "continued", "step": 2}], "interrupted"),
         ([STARTED, {"event": "stopped", "step": 2}, {"event": "continued", "step": 2}, {"event": "done"}, {"event": "alarm"}], "done"),
     ],

@@ -104,7 +104,7 @@ def run_cards(found: Sequence[tuple[str, Run]], page: int, language: str, *, all
     begin = PER_PAGE * (page - 1)
     cards = []
     for key, run in found[begin : begin + PER_PAGE]:
-        kind = {"running": "busy", "paused": "busy", "done": "good", "broken": "bad", "interrupted": "bad"}.get(run.state, "")
+        kind = {"running": "busy", "paused": "busy", "done": "good"}.get(run.state, "" if run.state == "stopped" else "bad")
         badges = [_badge(words.say(f"library.state_{run.state}", language), kind), _badge(f"{run.step} / {run.steps}")]
         picture = lora_shelf.small_picture(run_folder.newest_sample(run.folder))
         cards.append(_card(key, run.folder.name, picture, [*badges, _badge(size(run.size_bytes))], [run.trigger, run.trouble[:90]]))
