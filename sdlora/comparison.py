@@ -7,14 +7,16 @@ that it recommends of itself: at one strength for all, a run would win by being 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sdlora import compare, devices, files, prepare, run_folder, runs
+from sdlora import compare, devices, files, prepare, resuming, run_folder, runs
 from sdlora.compare import Column
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -93,15 +95,33 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def table(outcomes: Sequence[Outcome], *, beside: Path, reasons: bool = True) -> list[list[str]]:
-    """The comparison as rows of words, the first being the heads: one column for each setting that a sweep changes.
+    """The comparison as rows of words, the first being the heads: one column for each setting that a sweep changes, itself or by a link.
 
     Args:
         beside: the folder that files are named from.
         reasons: whether the sentence stands there that says why a run came to nothing.
     """
     keys = list(dict.fromkeys(key for one in outcomes for key in one.settings))
-    heads = ["run", *keys, "held-out loss", "lowest", "drift", "step", "strength", "minutes", "file"]
-    return [heads, *([one.name, *(one.settings.get(key, "") for key in keys), *_measures(one, beside, reasons)] for one in outcomes)]
+    moved = linked(outcomes) if keys else {}
+    heads = ["run", *keys, *(f"{key} (linked)" for key in moved)]
+    heads += ["held-out loss", "lowest", "drift", "step", "strength", "minutes", "file"]
+    rows = [[one.name, *(one.settings.get(key, "") for key in keys), *(moved[key].get(one.name, "") for key in moved)] for one in outcomes]
+    return [heads, *([*row, *_measures(one, beside, reasons)] for row, one in zip(rows, outcomes, strict=True))]
+
+
+def linked(outcomes: Sequence[Outcome]) -> dict[str, dict[str, str]]:
+    """Settings that differ between the runs of a sweep although it did not name them: by key, and then by run.
+
+    A sweep over the rank moves the learning rate too where that is not set, and who compares ranks has to know.
+    """
+    swept = {"name", *(key for one in outcomes for key in one.settings)}
+    told: dict[str, dict[str, Any]] = {}
+    for one in outcomes:
+        with suppress(OSError, ValueError):  # a run that never began has none
+            told[one.name] = resuming.flat(tomllib.loads((one.folder / "config.toml").read_text(encoding="utf-8")))
+    keys = dict.fromkeys(key for settings in told.values() for key in settings if key not in swept)
+    found = {key: {name: str(settings.get(key, "-")) for name, settings in told.items()} for key in keys}
+    return {key: values for key, values in found.items() if len(set(values.values())) > 1}
 
 
 def _measures(one: Outcome, beside: Path, reasons: bool) -> list[str]:

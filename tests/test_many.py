@@ -263,7 +263,9 @@ def test_the_table_has_a_column_for_each_setting_and_files_beside_it(paths: list
     losses = iter((0.3, 0.1))
     jobs = many.expand(paths[:1], [], ["lora.rank=8,16"])
     found = outcomes(jobs, tmp_path, lambda run, folder: pretended(run, folder, loss=next(losses)))
-    assert comparison.table(found, beside=tmp_path) == [
+    rows = comparison.table(found, beside=tmp_path)
+    assert rows[0][2:5] == [f"{key} (linked)" for key in ("lora.alpha", "optimizer.learning_rate", "optimizer.text_encoder_learning_rate")]
+    assert [[*row[:2], *row[5:]] for row in rows] == [
         ["run", "lora.rank", "held-out loss", "lowest", "drift", "step", "strength", "minutes", "file"],
         ["pip-v1-rank-8", "8", "0.6000", "0.3000", "2.0%", "3", "0.8", "1.5", "pip-v1-rank-8/pip-v1-rank-8.safetensors"],
         ["pip-v1-rank-16", "16", "0.2000", "0.1000", "2.0%", "3", "0.8", "1.5", "pip-v1-rank-16/pip-v1-rank-16.safetensors"],
@@ -271,6 +273,17 @@ def test_the_table_has_a_column_for_each_setting_and_files_beside_it(paths: list
     text = (tmp_path / "comparison.md").read_text()
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 4
     assert "The lowest held-out loss is 0.1000, that of pip-v1-rank-16" in text
+
+
+def test_settings_that_a_sweep_moves_by_a_link_are_columns_too(tmp_path: Path) -> None:
+    for name, rate in (("a", 1e-3), ("b", 2e-3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(f'name = "{name}"\nsteps = 9\n[lora]\nrank = 4\n[optimizer]\nlearning_rate = {rate}\n')
+    found = [Outcome(name, {"lora.rank": rank}, tmp_path / name, "done") for name, rank in (("a", "16"), ("b", "4"))]
+    found.append(Outcome("c", {"lora.rank": "2"}, tmp_path / "c", "not begun"))
+    heads, *rows = comparison.table(found, beside=tmp_path)
+    assert heads[:4] == ["run", "lora.rank", "optimizer.learning_rate (linked)", "held-out loss"]
+    assert [row[:3] for row in rows] == [["a", "16", "0.001"], ["b", "4", "0.002"], ["c", "2", ""]]
 
 
 @pytest.mark.parametrize("key", ["objective.loss", "base", "validation.share", "data", "resolution_px"])
