@@ -276,8 +276,10 @@ def not_finite(go: Course, step: int) -> str:
             f"{name} at timestep {t}{'' if ok else ', whose latents are broken'}"
             for name, t, ok in zip(batch.pictures, timesteps.tolist(), fine, strict=True)
         ]
+    saved = run_folder.has_lora(go.folder)
     remedy = 'set precision = "bf16" or "fp32"' if base.dtype == torch.float16 else "lower optimizer.learning_rate"
     return (
-        f"The loss or a gradient of step {step} is not finite ({'; '.join(told)}); nothing of this step was kept, and checkpoints saved "
-        f"before stand. Usually it helps to {remedy}; if it is always one picture, take that out. Then the run goes on from the newest."
+        f"The loss or a gradient of step {step} is not finite ({'; '.join(told)}); nothing of this step was kept, and "
+        f"{'checkpoints saved before stand' if saved else 'nothing had been saved before'}. Usually it helps to {remedy}; if it is always "
+        f"one picture, take that out. Then the run {'goes on from the newest' if saved else 'begins anew'}."
     )
