@@ -113,7 +113,7 @@ def _why_strength(table: Sequence[tuple[float, float]], best: float) -> str:
     if best < 1:
         return f"; at strength {best:g} those pictures are predicted better (error {losses[best]:.3g}) than at 1 ({losses[1.0]:.3g})"
     if min(losses.values()) < losses[1.0] * (1 - SAME_STRENGTH):
-        return "; above strength 1 they are predicted still better, but pictures are spoilt there, so rather train longer"
+        return "; above strength 1 they are predicted still better, but louder than trained spoils pictures"
     return "; no other strength predicts those pictures better than 1"
 
 

@@ -136,7 +136,7 @@ def test_another_strength_is_recommended_only_where_it_is_clearly_better(table: 
     [
         ([(0.8, 0.12), (1.0, 0.13)], "; at strength 0.8 those pictures are predicted better (error 0.12) than at 1 (0.13)."),
         ([(0.8, 0.15), (1.0, 0.13), (1.2, 0.14)], "; no other strength predicts those pictures better than 1."),
-        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], "so rather train longer."),
+        ([(0.8, 0.15), (1.0, 0.14), (1.2, 0.12)], "but louder than trained spoils pictures."),
     ],
 )
 def test_the_strength_has_a_reason_too(table: list[tuple[float, float]], why: str) -> None:
