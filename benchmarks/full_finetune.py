@@ -300,9 +300,9 @@ def show_speed(options: argparse.Namespace) -> int:
     steps = options.steps or asked.steps
     go, _ = train_step.our_course(asked)
     base, run, layers = go.ready.base, go.run, lora.layers(go.ready.base.unet)
-    weights = [weight for layer in layers.values() for weight in layer.base.parameters()]
-    weights += [weight for name, weight in base.unet.named_parameters() if not name.startswith(tuple(f"{layer}." for layer in layers))]
-    moved = Trained(optimizer.adamw([(weights, 1e-5)], weight_decay=run.optimizer.weight_decay), weights, [], [])
+    adapters_own = {id(weight) for weight in lora.parameters(base.unet)}
+    weights = [weight for weight in base.unet.parameters() if id(weight) not in adapters_own]
+    mover = optimizer.adamw([(weights, 1e-5)], weight_decay=run.optimizer.weight_decay)
     taken = {"LoRA": 0, "full": 0}
 
     def wear(*, layered: bool) -> None:
@@ -321,9 +321,9 @@ def show_speed(options: argparse.Namespace) -> int:
         batch = train.gather(run, go.ready, batch_index=step)
         assert batch
         torch.autograd.backward(train.loss_of_batch(base, batch, go.alphas, run=run, batch_index=step))
-        nn.utils.clip_grad_norm_(moved.weights, run.optimizer.clip_norm)
-        moved.mover.step()
-        moved.mover.zero_grad(set_to_none=True)
+        nn.utils.clip_grad_norm_(weights, run.optimizer.clip_norm)
+        mover.step()
+        mover.zero_grad(set_to_none=True)
 
     device = devices.best_device()
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

@@ -59,9 +59,9 @@ def train(
     if dry_run:
         show_plan(run)
         return
-    wanted = Path("runs") / run.name
-    folder, goes_on = folder_for(wanted, resume or out)
-    if not goes_on and not (resume or out) and folder != wanted and is_first():
+    wanted, given = Path("runs") / run.name, resume or out
+    folder, goes_on = folder_for(wanted, given)
+    if not goes_on and folder not in (wanted, given) and is_first():
         console.print(f"Earlier runs of this name have come to their end, the first in {wanted}, so this is a new one.", soft_wrap=True)
     if resume and not goes_on:
         raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")

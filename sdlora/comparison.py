@@ -7,9 +7,7 @@ that it recommends of itself: at one strength for all, a run would win by being 
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +113,11 @@ def linked(outcomes: Sequence[Outcome]) -> dict[str, dict[str, str]]:
     A sweep over the rank moves the learning rate too where that is not set, and who compares ranks has to know.
     """
     swept = {"name", *(key for one in outcomes for key in one.settings)}
-    told: dict[str, dict[str, Any]] = {}
-    for one in outcomes:
-        with suppress(OSError, ValueError):  # a run that never began has none
-            told[one.name] = resuming.flat(tomllib.loads((one.folder / "config.toml").read_text(encoding="utf-8")))
-    keys = dict.fromkeys(key for settings in told.values() for key in settings if key not in swept)
-    found = {key: {name: str(settings.get(key, "-")) for name, settings in told.items()} for key in keys}
-    return {key: values for key, values in found.items() if len(set(values.values())) > 1}
+    settings = {one.name: runs.settings_of(one.folder)[0] for one in outcomes}
+    told = {name: resuming.flat(values) for name, values in settings.items() if values}  # a run that never began has none
+    keys = dict.fromkeys(key for values in told.values() for key in values if key not in swept)
+    found = {key: {name: str(values.get(key, "-")) for name, values in told.items()} for key in keys}
+    return {key: by_run for key, by_run in found.items() if len(set(by_run.values())) > 1}
 
 
 def _measures(one: Outcome, beside: Path, reasons: bool) -> list[str]:

@@ -182,9 +182,8 @@ def _sentence(problem: ValidationError) -> str:
     if error["type"] == "extra_forbidden":
         valid = _keys_beside(error["loc"])
         last = str(error["loc"][-1])
-        tables = {table: fields.model_fields for table, fields in TABLES.items() if table in Config.model_fields}
-        elsewhere = [f"{table}.{last}" for table, fields in tables.items() if last in fields and last not in valid]
-        if elsewhere:
+        tables = [table for table, inner in TABLES.items() if table in Config.model_fields and last in inner.model_fields]
+        if elsewhere := [f"{table}.{last}" for table in tables if last not in valid]:
             return f"unknown key '{name}'; it belongs into a table: {' or '.join(elsewhere)}."
         near = difflib.get_close_matches(last, valid, n=1, cutoff=0)
         return f"unknown key '{name}'; the nearest valid key is '{near[0]}'. Valid here: {', '.join(valid)}."

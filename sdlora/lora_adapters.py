@@ -74,7 +74,7 @@ class Adapter(nn.Module):
         self.alpha, self.rank = alpha, len(down)  # the number of rows of A
         self.variant = variant
         self.strength = 1.0
-        self._relative, self._two_factors = relative, magnitude is None and not relative
+        self._two_factors = magnitude is None and not relative  # this and the next are asked of every adapter in every step
         self._drops = max(variant.network_dropout, variant.rank_dropout, variant.module_dropout) > 0
         self.current: tuple[Tensor, ...] | None = None  # A, B and, if there is one, m while `lora_flat.spread` lasts
 
@@ -123,10 +123,8 @@ class Adapter(nn.Module):
 
         The differences are taken in fp32 because the small steps of training would vanish from A and B themselves in bf16 or fp16.
         """
-        if not self._relative:
+        if self._two_factors or self.start_down is None or self.start_up is None:
             return down, up
-        assert self.start_down is not None
-        assert self.start_up is not None
         return torch.cat([down, down - self.start_down]), torch.cat([up - self.start_up, self.start_up], dim=1)
 
     def low_rank(self) -> LowRank:

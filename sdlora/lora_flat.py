@@ -61,8 +61,7 @@ def spread(flats: Sequence[Flat], adapters: Sequence[Adapter], dtype: torch.dtyp
         views |= {id(part): piece.view(part.shape) for part, piece in zip(flat.parts, pieces, strict=True)}
     try:
         for one in adapters if flats else ():
-            down, up, *others = (views[id(part)] for part in one._parameters.values() if part is not None)
-            one.say((down, up, *others))
+            one.say(tuple(views[id(part)] for part in one._parameters.values() if part is not None))
         yield
     finally:
         for one in adapters:

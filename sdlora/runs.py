@@ -96,7 +96,7 @@ def is_run(folder: Path) -> bool:
 def look(folder: Path) -> Run:
     """What one run folder tells, however damaged it is."""
     rows = run_folder.rows(folder)
-    settings, trouble = _settings(folder)
+    settings, trouble = settings_of(folder)
     started: dict[str, Any] = next((row for row in rows if row["event"] == "started"), {})
     best, verdict_trouble = _best(folder)
     return Run(
@@ -126,7 +126,7 @@ def pictures(folder: Path) -> list[Drawn]:
 
 def sample_prompts(folder: Path) -> list[str]:
     """The prompts of a run's samples: those of its config, else what its newest pictures say."""
-    told = _settings(folder)[0].get("sample_prompts")
+    told = settings_of(folder)[0].get("sample_prompts")
     if isinstance(told, list) and (own := [words for words in told if isinstance(words, str) and words.strip()]):
         return own
     newest = run_folder.newest_sample(folder)
@@ -164,8 +164,8 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
         yield from _folders(one, depth - 1)
 
 
-def _settings(folder: Path) -> tuple[dict[str, Any], str]:
-    """The resolved config's values, and what is wrong with them."""
+def settings_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """A run's resolved config as it lies in its folder, and what is wrong with it; without values if there is none."""
     path = folder / "config.toml"
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")), ""

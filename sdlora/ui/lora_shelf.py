@@ -174,15 +174,10 @@ def _looked(folder: Path, *_: object) -> Run:
 
 def choices_of(roots: Roots) -> list[tuple[str, str]]:
     """What the list of LoRAs offers: what is shown and its id, by name; each run's best has a star."""
-    best_of = cache(_best)  # once for each run
     found = matching(items(roots), order="name")
-    return [(f"{one.shown} ★" if one.run and best_of(one.run) == one.path else one.shown, one.key) for one in found]
-
-
-def _best(run: Path) -> Path | None:
-    """What a person has marked, else what the run recommends."""
-    told = marks(run)
-    return next((told[word] for word in MARKS if word in told), None)
+    best = [chosen.best(look(run)) for run in {one.run for one in found if one.run}]
+    starred = {one.path for one in best if one}
+    return [(f"{one.shown} ★" if one.path in starred else one.shown, one.key) for one in found]
 
 
 def runs_of(roots: Roots) -> list[tuple[str, str]]:
