@@ -187,6 +187,7 @@ class Config(_Table):
     regularisation_weight: float = Field(1.0, gt=0, description="of the regularisation's loss")
     gradient_checkpointing: bool | None = Field(None, description="much less memory for a third more time; by base: SDXL yes, others no")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the frozen base; auto: bf16 on a GPU that has it")
+    quantise: Literal["none", "int8"] = Field("none", description="int8: half the memory of the frozen linears of the UNet, rounded")
     report: bool = Field(True, description="report.html, report.md and compare.png at the end")
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there; metrics.jsonl is always written")
     captions: CaptionConfig = CaptionConfig()

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from sdlora import deltas, lora_fused
+from sdlora import deltas, int8, lora_fused
 from sdlora.deltas import Full, Update
 from sdlora.errors import UserError
 from sdlora.lora_adapters import PLAIN, Fixed, continued, fresh, is_transposed, oriented
@@ -55,11 +55,11 @@ class LoRALayer(nn.Module):
         base, voices = self.base, self.adapters._modules  # each look through `nn.Module` costs a microsecond, so there are few
         if len(voices) != 1 or not isinstance(base, nn.Linear):
             return None
-        (one,), weight = voices.values(), base.weight
-        if x.dtype != weight.dtype or not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
+        (one,), (weight, steps) = voices.values(), int8.kept(base)
+        if (steps is None and x.dtype != weight.dtype) or not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
             return None
         down, up = one.spoken()
-        return lora_fused.Linear(weight, base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
+        return lora_fused.Linear(weight, steps, base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
 
     def voices(self) -> Iterator[Adapter | Fixed]:
         """All adapters in the order in which they were added."""
@@ -273,12 +273,15 @@ def fold(model: nn.Module, *, aside: torch.device | None = None) -> None:
     """Adds all adapters into the weights and biases, W + Σ strength · ΔW, so that answering costs what the base costs.
 
     The sum is formed in fp32 from the pristine weight and rounded once, also when it is folded already, so nothing drifts. An fp32
-    weight is written as the sum grows, without being put back first.
+    weight is written as the sum grows, without being put back first. Beside weights in 8 bits, which have no room for a sum, adapters go on
+    speaking as they did.
 
     Args:
         aside: where the pristine weights are kept, if not beside the others.
     """
     for layer in layers(model).values():
+        if isinstance(layer.base, int8.Int8Linear):
+            continue
         weight, bias = base_weight(layer.base), layer.base.bias
         if layer.pristine is None:
             layer.pristine = weight.detach().to(aside or weight.device, copy=True)

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from sdlora import deltas
 from sdlora.deltas import LowRank, Update
 from sdlora.errors import UserError
+from sdlora.int8 import Int8Linear
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,9 @@ def continued(update: Update, weight: Tensor, *, name: str, variant: Variant) ->
 
 def operate(base: nn.Module, x: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """The base's own operation on x, with another weight if one is given, and with this bias or none instead of its own."""
+    if isinstance(base, Int8Linear):  # its weight is none that could be replaced
+        product = base.product(x) if weight is None else F.linear(x, weight.to(x.dtype))
+        return product if bias is None else product + bias.to(x.dtype)
     values = {} if weight is None else {"weight": weight.to(base_weight(base).dtype)}
     if isinstance(base.bias, Tensor):
         values["bias"] = torch.zeros_like(base.bias) if bias is None else bias.to(base.bias.dtype)

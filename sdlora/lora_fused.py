@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sdlora import int8
+
 
 class Linear(NamedTuple):
-    """A frozen linear with its update: W [out, in], b [out] or None, A [r, in], B [out, r], and s, the factor of B A."""
+    """A frozen linear with its update: W [out, in] or its codes with steps, see `int8`, b [out], A [r, in], B [out, r], and s of s B A."""
 
     weight: Tensor
+    steps: Tensor | None
     bias: Tensor | None
     down: Tensor
     up: Tensor
@@ -40,7 +43,7 @@ def answers(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
     downs = [one.down for one in linears]
     down = downs[0] if len(downs) == 1 else torch.cat(downs)
     ranks, scales = [len(one) for one in downs], tuple(one.scale for one in linears)
-    frozen = [part for one in linears for part in (one.weight, one.bias)]
+    frozen = [part for one in linears for part in (one.weight, one.steps, one.bias)]
     made: tuple[Tensor, ...] = _Together.apply(x, ranks, scales, down, *(one.up for one in linears), *frozen)  # type: ignore[no-untyped-call]
     return made
 
@@ -56,19 +59,20 @@ class _Together(torch.autograd.Function):
             x: [..., in].
             ranks, scales: r and s of each linear.
             down: A's one below the other [Σ r, in].
-            rest: the B's [out, r], then W [out, in] and b [out] or None of each linear in turn.
+            rest: the B's [out, r], then W [out, in], its steps or None, and b [out] or None of each linear in turn.
 
         Returns:
             [..., out] of each.
         """
         count = len(ranks)
-        ups, weights, biases = rest[:count], rest[count::2], rest[count + 1 :: 2]
+        ups, weights, steps, biases = rest[:count], rest[count::3], rest[count + 1 :: 3], rest[count + 2 :: 3]
         rows = x.reshape(-1, x.shape[-1])
         hidden = torch.mm(rows, down.t())
-        made = [F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
+        whole = (int8.whole(weight, step, x.dtype) for weight, step in zip(weights, steps, strict=True))  # type: ignore[arg-type]
+        made = [F.linear(rows, weight, bias) for weight, bias in zip(whole, biases, strict=True)]
         for answer, part, up, scale in zip(made, _parts(hidden, ranks), ups, scales, strict=True):
             answer.addmm_(part, up.t(), alpha=scale)  # type: ignore[union-attr]
-        ctx.save_for_backward(rows, hidden, down, *ups, *weights)
+        ctx.save_for_backward(rows, hidden, down, *ups, *weights, *steps)
         ctx.ranks, ctx.scales, ctx.shape = ranks, scales, x.shape
         return tuple(answer.view(*x.shape[:-1], -1) for answer in made)
 
@@ -85,7 +89,7 @@ class _Together(torch.autograd.Function):
         """
         rows, hidden, down, *rest = ctx.saved_tensors
         ranks, scales, count = ctx.ranks, ctx.scales, len(ctx.ranks)
-        ups, weights, needed = rest[:count], rest[count:], ctx.needs_input_grad
+        ups, weights, steps, needed = rest[:count], rest[count : 2 * count], rest[2 * count :], ctx.needs_input_grad
         flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         parts = _parts(hidden, ranks)
         if count == 1:
@@ -96,13 +100,13 @@ class _Together(torch.autograd.Function):
                 torch.addmm(part, gradient, up, beta=0, alpha=scale, out=part)
         to_x = None
         if needed[0]:
-            to_x = torch.mm(flat[0], weights[0])
-            for gradient, weight in zip(flat[1:], weights[1:], strict=True):
-                to_x.addmm_(gradient, weight)
+            to_x = torch.mm(flat[0], int8.whole(weights[0], steps[0], rows.dtype))
+            for gradient, weight, step in zip(flat[1:], weights[1:], steps[1:], strict=True):
+                to_x.addmm_(gradient, int8.whole(weight, step, rows.dtype))
             to_x = to_x.addmm_(inner, down).view(ctx.shape)
         to_down = torch.mm(inner.t(), rows) if needed[3] else None
         to_ups = [torch.addmm(ups[i], flat[i].t(), parts[i], beta=0, alpha=scales[i]) if needed[4 + i] else None for i in range(count)]
-        return (to_x, None, None, to_down, *to_ups, *(None,) * (2 * count))
+        return (to_x, None, None, to_down, *to_ups, *(None,) * (3 * count))
 
 
 def _parts(hidden: Tensor, ranks: list[int]) -> Sequence[Tensor]:

@@ -94,7 +94,7 @@ def easings(run: Config, device: torch.device) -> list[dict[str, str]]:
     """What is tried where a run does not fit, each with all that came before: keys of the config with values in TOML.
 
     First what costs only time: gradient checkpointing, then smaller batches, accumulated to as many pictures per step. Then what changes
-    the LoRA: a text encoder that stands still, then a base in 16 bits.
+    the LoRA: a text encoder that stands still, then a base in 16 bits, then its linears in 8.
     """
     found: list[dict[str, str]] = []
     if not run.gradient_checkpointing:
@@ -108,6 +108,8 @@ def easings(run: Config, device: torch.device) -> list[dict[str, str]]:
     if devices.base_dtype(device, run.precision) == torch.float32:
         half = "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported() else "bf16"
         found.append({"precision": f'"{half}"'})
+    if run.quantise == "none":
+        found.append({"quantise": '"int8"'})
     together: dict[str, str] = {}
     return [together := together | one for one in found]
 
@@ -147,8 +149,8 @@ def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope,
         run.base, dtype=devices.base_dtype(device, run.precision), family=run.family, prediction=run.prediction, tokenizer=run.tokenizer,
         clip_skip=run.clip_skip,
     )  # fmt: skip
-    if run.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+    whole_bytes = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
+    prepare.ease(base, run)
     data = prepare.material_of(run, found.samples, base)
     kinds = excerpt.kinds(data, batch=run.batch, seed=run.seed)
     chosen, every = excerpt.fullest(kinds), excerpt.heard(run, data)
@@ -166,7 +168,7 @@ def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope,
     flops = sum(kind.share * costs[kind.shape_px].flops * kind.pictures / fullest[kind.shape_px] for kind in kinds)
     states = 0 if speech.states is None else sum(_bytes(one) for one in (speech.states.context, speech.states.pooled)) // len(speech.rows)
     latent_bytes = sum(_bytes(one) for view in seen.values() for one in (view.mean, view.deviation, view.mask))
-    turns, coding = _coding(run, base, data, device, free_bytes)
+    turns, coding = _coding(run, base, data, device, whole_bytes, free_bytes)
     counted = Counted(
         flops=flops * run.optimizer.accumulation,
         parameters=sum(weight.numel() for weight in adapters.parameters(base)),
@@ -194,10 +196,14 @@ def _resident(base: Base, device: torch.device, *, keeps_text: bool) -> int:
     return counts.weights_bytes([*stays, *([base.autoencoder] if device.type == "cpu" else [])])
 
 
-def _coding(run: Config, base: Base, data: Material, device: torch.device, free_bytes: int) -> tuple[bool, int]:
-    """Whether the parts take turns, and the bytes that are there while pictures are encoded, or decoded if any are drawn."""
+def _coding(run: Config, base: Base, data: Material, device: torch.device, whole_bytes: int, free_bytes: int) -> tuple[bool, int]:
+    """Whether the parts take turns, and the bytes that are there while pictures are encoded, or decoded if any are drawn.
+
+    Args:
+        whole_bytes: the weights of all parts as they are opened, before any are in 8 bits.
+    """
+    turns = device.type == "cuda" and base_model.take_turns(whole_bytes, free_bytes)
     every = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
-    turns = device.type == "cuda" and base_model.take_turns(every, free_bytes)
     width, height = max((item.shape_px for item in data.items), key=math.prod)
     pixels = torch.empty(1, 3, height, width, device=counts.META)
     there = [*base.autoencoder.parameters(), *base.autoencoder.buffers()]
@@ -206,7 +212,7 @@ def _coding(run: Config, base: Base, data: Material, device: torch.device, free_
         side = base.resolution_px // base.reduction
         drawn = torch.empty(1, 4, side, side, device=counts.META)
         peaks.append(counts.of_answer(lambda: base_model.decode(base, drawn), weights=there))
-    return turns, max(peaks) + (counts.weights_bytes([base.autoencoder]) if turns else every)
+    return turns, max(peaks) + counts.weights_bytes([base.autoencoder]) if turns else max(whole_bytes, max(peaks) + every)
 
 
 def _trained(base: Base, run: Config) -> int:

@@ -21,6 +21,7 @@ from sdlora import (
     dataset_report,
     devices,
     generate,
+    int8,
     linked,
     regularisation,
     text,
@@ -124,9 +125,16 @@ def open_base(run: Config, *, device: torch.device, dtype: torch.dtype) -> Base:
     )  # fmt: skip
     if run.zero_terminal_snr is not None:
         base.schedule = base.schedule | {"rescale_betas_zero_snr": run.zero_terminal_snr}
+    ease(base, run)
+    return base
+
+
+def ease(base: Base, run: Config) -> None:
+    """What the run asks for to take less memory of a base, which answers the same, or with `quantise` nearly so."""
     if run.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    return base
+    if run.quantise == "int8":
+        int8.shrink(base.unet)
 
 
 def look(run: Config, found: Found, base: Base, *, notes: tuple[str, ...] = ()) -> Generator[Event, None, None]:

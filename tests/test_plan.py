@@ -73,12 +73,14 @@ def planned(run: Config, **options: Any) -> Forecast:
 
 def test_what_costs_only_time_is_tried_before_what_changes_the_lora(tiny_base: Path, pictures: Path) -> None:
     run = run_config(tiny_base, pictures, lora={"rank": 2, "text_encoder": True})
+    least = ("gradient_checkpointing=true", "batch=1", "optimizer.accumulation=4")
     assert [plan.words(one) for one in plan.easings(run, CPU)] == [
         ("gradient_checkpointing=true",),
         ("gradient_checkpointing=true", "batch=2", "optimizer.accumulation=2"),
-        ("gradient_checkpointing=true", "batch=1", "optimizer.accumulation=4"),
-        ("gradient_checkpointing=true", "batch=1", "optimizer.accumulation=4", "lora.text_encoder=false"),
-        ("gradient_checkpointing=true", "batch=1", "optimizer.accumulation=4", "lora.text_encoder=false", "precision=bf16"),
+        least,
+        (*least, "lora.text_encoder=false"),
+        (*least, "lora.text_encoder=false", "precision=bf16"),
+        (*least, "lora.text_encoder=false", "precision=bf16", "quantise=int8"),
     ]
 
 
@@ -87,7 +89,9 @@ def test_what_is_saved_already_is_not_proposed_and_the_effective_batch_stays(tin
     assert plan.easings(run, CPU) == [
         {"batch": "3", "optimizer.accumulation": "6"},
         {"batch": "1", "optimizer.accumulation": "18"},
+        {"batch": "1", "optimizer.accumulation": "18", "quantise": '"int8"'},
     ]
+    assert len(plan.easings(run.model_copy(update={"quantise": "int8"}), CPU)) == 2
 
 
 def test_proposed_words_are_words_that_the_command_line_takes(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -143,7 +147,7 @@ def test_a_limit_that_cannot_be_met_is_told_in_a_sentence(tiny_base: Path, pictu
     assert "0.00 GiB are free; lower resolution_px or lora.rank" in str(counted.value)
     with pytest.raises(UserError, match=r"needs 3.00 GiB of memory or more with every setting that saves some, and 1.00 GiB are free"):
         planned(run, memory_limit_bytes=GIB, attempt=attempts)
-    assert [one.precision for one in attempts.tried] == ["auto", "bf16"]
+    assert [(one.precision, one.quantise) for one in attempts.tried] == [("auto", "none"), ("bf16", "none"), ("bf16", "int8")]
 
 
 def test_counts_alone_tell_memory_and_disk_but_no_time(tiny_base: Path, pictures: Path) -> None:
