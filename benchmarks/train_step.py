@@ -59,7 +59,7 @@ from sdlora.mini.tokens import build_tokenizer
 FAMILIES = ("mini", "block", "sd15", "sdxl")
 PIECES = {
     "fused": "one autograd function per linear", "shared": "q, k and v asked together", "flat": "one tensor, fused AdamW",
-    "cached": "latents and text kept",
+    "cached": "latents and text kept", "whole": "linears as they came, not in 8 bits",
 }  # fmt: skip
 TOLERANCE = 1e-5
 WIDTHS, KIND = [320, 640], "CrossAttn{}Block2D"  # of "block"
@@ -127,11 +127,11 @@ def adapters_of(options: argparse.Namespace) -> Path:
 # --- ours ---------------------------------------------------------------------------------------------------------------------
 
 
-def our_course(options: argparse.Namespace, *, precision: str = "auto") -> tuple[Course, float]:
+def our_course(options: argparse.Namespace, *, precision: str = "auto", quantise: str = "none") -> tuple[Course, float]:
     """A run of the trainer up to its first step, and what the caching took."""
     values = {
         "base": str(base_of(options)), "data": str(pictures_of(options)), "kind": "style", "name": "bench",
-        "steps": 2000, "batch": options.batch, "resolution_px": options.resolution, "cache": "memory", "precision": precision,
+        "steps": 2000, "batch": options.batch, "resolution_px": options.resolution, "cache": "memory", "precision": precision, "quantise": quantise,
         "validation": {"every": 0}, "report": False, "sample_every": 0, "save_every": 0, "captions": {"dropout": 0.0},
         "lora": {"rank": options.rank, "alpha": options.rank, "targets": options.targets, "text_encoder": False},
         "objective": {"weighting": "none"},
@@ -172,7 +172,7 @@ def ours(options: argparse.Namespace, without: str) -> Runner:
         lora_attention.share_inputs = lambda model: 0
     if without == "fused":
         lora.LoRALayer._plain = lambda self, x: None  # type: ignore[method-assign]
-    go, caching_s = our_course(options)
+    go, caching_s = our_course(options, quantise="int8" if without == "whole" else "none")
     start(go, load_file(adapters_of(options)))
     if without == "cached":
         go = uncached(go)
