@@ -130,8 +130,8 @@ def adapters_of(options: argparse.Namespace) -> Path:
 def our_course(options: argparse.Namespace, *, precision: str = "auto", quantise: str = "none") -> tuple[Course, float]:
     """A run of the trainer up to its first step, and what the caching took."""
     values = {
-        "base": str(base_of(options)), "data": str(pictures_of(options)), "kind": "style", "name": "bench",
-        "steps": 2000, "batch": options.batch, "resolution_px": options.resolution, "cache": "memory", "precision": precision, "quantise": quantise,
+        "base": str(base_of(options)), "data": str(pictures_of(options)), "kind": "style", "name": "bench", "quantise": quantise,
+        "steps": 2000, "batch": options.batch, "resolution_px": options.resolution, "cache": "memory", "precision": precision,
         "validation": {"every": 0}, "report": False, "sample_every": 0, "save_every": 0, "captions": {"dropout": 0.0},
         "lora": {"rank": options.rank, "alpha": options.rank, "targets": options.targets, "text_encoder": False},
         "objective": {"weighting": "none"},

@@ -64,7 +64,7 @@ def train(
     if not goes_on and folder not in (wanted, given) and is_first():
         console.print(f"Earlier runs of this name have come to their end, the first in {wanted}, so this is a new one.", soft_wrap=True)
     if resume and not goes_on:
-        raise UserError(f"--resume {resume}: there is no run that could go on; it has come to its end, or none has begun there.")
+        goes_on = refuse_ended(resume, run)
     told = forecast(run, measure=True) if plan_first else None
     if told and told.changes:
         raise UserError("The run does not fit as it is; give the words above, and it does.")
@@ -120,6 +120,20 @@ def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
     if free and run_folder.is_unfinished(folders[free - 1]):
         return folders[free - 1], True
     return folders[free], False
+
+
+def refuse_ended(folder: Path, run: Config) -> bool:
+    """Whether a run that is no unfinished one goes on all the same, because it shall take more steps than it has.
+
+    Raises:
+        UserError: if not.
+    """
+    from sdlora import run_folder
+
+    if 0 < (ended := run_folder.ended_at(folder)) < run.steps:
+        return True
+    said = f"it has come to its end after {ended} steps; for more of them give --set steps=N" if ended else "none has begun there"
+    raise UserError(f"--resume {folder}: there is no run that could go on; {said}.")
 
 
 def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False, forecast: Forecast | None = None) -> Path:

@@ -171,6 +171,11 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
         ("Strength says how much the LoRA changes the base: 0 is the base alone, 1 is as it was trained, in between is milder.",),
         faint=True,
     )
+    if verdict and facts.is_done and verdict.step == run.steps and not verdict.warning:
+        more = f"sdlora train --resume {shlex.quote(facts.folder.name)} --set steps={run.steps * 3 // 2} --allow-changes"
+        yield Paragraph(
+            ("The last checkpoint is the best so far. To train on from there, beside this run's folder: ", Code(more)), faint=True
+        )
     limits = facts.started.limits if facts.started else ()
     if limits:
         yield Listed(tuple((one,) for one in limits))

@@ -61,8 +61,17 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() and not any(row["event"] == "done" for row in rows(folder))
 
 
+def ended_at(folder: Path) -> int:
+    """After how many steps the run in it has come to its end; 0 if it has not."""
+    found = rows(folder)
+    ends = [row["step"] for row in found if row["event"] == "saved" and Path(row["path"]).name == row["path"]]  # checkpoints lie deeper
+    return int(ends[-1]) if ends and any(row["event"] == "done" for row in found) else 0
+
+
 def begin(folder: Path, run: Config, *, step: int) -> None:
     """Makes ready for the steps after `step`: the resolved config is written, and what was noted of later steps is taken away.
+
+    What an earlier end has left, after fewer steps than the run shall take now, stays as the checkpoint of its step.
 
     Raises:
         UserError: if it cannot be written.
@@ -72,9 +81,27 @@ def begin(folder: Path, run: Config, *, step: int) -> None:
     for name in REQUESTS:
         forget(folder, name)
     _sweep(folder)
+    noted = _with_end_kept(folder, run) if step else []
     files.write(folder / "config.toml", config.to_toml(run).encode())
-    kept = [row for row in rows(folder) if step and row.get("step", 0) <= step and not _is_of_the_end(row, run)]
+    kept = [row for row in noted if row.get("step", 0) <= step and not _is_of_the_end(row, run)]
     files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def _with_end_kept(folder: Path, run: Config) -> list[dict[str, Any]]:
+    """The lines of the metrics; if a run that had ended is lengthened, its result has become a checkpoint, also in its verdict."""
+    found, ended = rows(folder), ended_at(folder)
+    if not 0 < ended < run.steps:
+        return found
+    path, place, told = result_path(folder, run.name), checkpoint_path(folder, run.name, ended), folder / "verdict.json"
+    moved = {"path": place.relative_to(folder).as_posix()}
+    if path.is_file():
+        files.write(place, path.read_bytes())
+        with suppress(OSError, ValueError):
+            verdict = json.loads(told.read_text(encoding="utf-8"))
+            if isinstance(verdict, dict) and verdict.get("path") == path.name:
+                files.write(told, json.dumps(verdict | moved, indent=2, ensure_ascii=False).encode())
+        path.unlink()
+    return [row | moved if row["event"] == "saved" and row["step"] == ended else row for row in found]
 
 
 def _is_of_the_end(row: dict[str, Any], run: Config) -> bool:

@@ -155,7 +155,14 @@ def test_the_verdict_comes_first_and_says_what_to_write_where(whole: Path) -> No
 
 
 def test_of_the_last_step_the_result_is_recommended(whole: Path) -> None:
-    assert "Use pip-v1.safetensors at strength 1." in page_of(whole, Verdict(step=4, strength=1.0, reason="")).text
+    text = page_of(whole, Verdict(step=4, strength=1.0, reason="")).text
+    assert "Use pip-v1.safetensors at strength 1." in text
+    assert "sdlora train --resume run --set steps=6 --allow-changes" in text
+
+
+@pytest.mark.parametrize("verdict", [{}, {"step": 4, "warning": "Later ones learn by heart."}], ids=["an earlier one", "a warning"])
+def test_more_steps_are_proposed_only_where_the_last_is_the_best(whole: Path, verdict: dict[str, Any]) -> None:
+    assert "--resume" not in page_of(whole, Verdict(**verdict)).text
 
 
 def test_a_reason_that_is_a_sentence_stays_one(whole: Path) -> None:

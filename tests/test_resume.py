@@ -413,7 +413,7 @@ def test_the_same_command_goes_on_and_a_finished_run_is_left_alone(short: Whole,
     before = interrupted.contents(left)
     code, _, problem = command("train", "--resume", str(left))
     assert code == 2
-    assert "it has come to its end" in problem
+    assert "it has come to its end after 8 steps; for more of them give --set steps=N" in problem
     code, _, problem = command("train", str(path), "--out", str(left))
     assert code == 2
     assert "holds a run already" in problem
@@ -427,6 +427,65 @@ def test_changes_are_allowed_from_the_command_line(short: Whole, left: Path) -> 
     code, said, _ = command("train", "--resume", str(left), "--set", "seed=7", "--allow-changes")
     assert code == 0
     assert "Changed: seed was 0 and is 7." in said
+
+
+# --- more steps ---------------------------------------------------------------------------------------------------------------
+
+
+def steady(base: Path, shapes: Path, **changes: Any) -> Config:
+    """A run whose steps are the same however many follow."""
+    return smallest.exacting(base, shapes, **SHORT | {"optimizer": smallest.OPTIMIZER | {"schedule": "constant", "warmup": 0.0}} | changes)
+
+
+def test_a_finished_run_is_lengthened_and_keeps_its_first_end(base: Path, shapes: Path, tmp_path: Path) -> None:
+    whole = unbroken(steady(base, shapes, steps=12), tmp_path / "whole")
+    folder = tmp_path / "run"
+    list(train.train(steady(base, shapes), folder))
+    first = result(folder)
+    (folder / "verdict.json").write_text(json.dumps({"step": 8, "path": "tiny.safetensors"}))
+    code, _, problem = command("train", "--resume", str(folder), "--set", "steps=12")
+    assert code == 2
+    assert "steps was 8 and is 12. Give --allow-changes" in problem
+    assert result(folder) == first
+
+    told = going(train.train(whole.run, folder, resume=True, allow_changes=True), folder, stop_at=10)
+    assert continued(told).step == 8
+    kept = run_folder.checkpoint_path(folder, "tiny", 8)
+    assert kept.read_bytes() == first
+    assert not run_folder.result_path(folder, "tiny").exists()
+    assert json.loads((folder / "verdict.json").read_text())["path"] == "checkpoints/tiny-000008.safetensors"
+    assert run_folder.is_unfinished(folder)
+
+    code, _, problem = command("train", "--resume", str(folder))
+    assert (code, problem) == (0, "")
+    assert result(folder) == result(whole.folder)
+    assert interrupted.story(folder) == interrupted.story(whole.folder)
+    assert [*run_folder.checkpoints(folder, "tiny")] == [2, 4, 6, 8, 10]
+    assert kept.read_bytes() == first
+
+
+@pytest.mark.parametrize("killed_at", ["config.toml", "metrics.jsonl", "tiny-000008.safetensors"])
+def test_a_run_that_is_killed_while_it_is_lengthened_can_be_lengthened_again(
+    base: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    folder, honest = tmp_path / "run", files.write
+    list(train.train(steady(base, shapes), folder))
+    first = result(folder)
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name == killed_at:
+            raise KeyboardInterrupt
+        honest(path, content)
+
+    longer = train.train(steady(base, shapes, steps=10), folder, resume=True, allow_changes=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            list(longer)
+    code, _, problem = command("train", "--resume", str(folder), "--set", "steps=10", "--allow-changes")
+    assert (code, problem) == (0, "")
+    assert run_folder.checkpoint_path(folder, "tiny", 8).read_bytes() == first
+    assert run_folder.ended_at(folder) == 10
 
 
 # --- what it costs ------------------------------------------------------------------------------------------------------------
