@@ -13,12 +13,15 @@ from typing import Any
 
 import tomlkit
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from sdlora import kohya_toml
 from sdlora.config_tables import TABLES
 from sdlora.config_tables import Config as Config
 from sdlora.config_tables import FolderConfig as FolderConfig
 from sdlora.errors import UserError
+
+TOLD = 5  # mistakes at a time
 
 
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
@@ -77,7 +80,7 @@ def parse(values: dict[str, Any], *, where: str) -> Config:
     try:
         run = Config.model_validate(values)
     except ValidationError as problem:
-        raise UserError(f"{where}: {_sentence(problem)}") from None
+        raise UserError(f"{where}: {_sentences(problem)}") from None
     if run.lora.dora and run.output.format == "diffusers":
         raise UserError(
             f'{where}: output.format = "diffusers" cannot carry lora.dora, whose magnitudes are per input here; '
@@ -174,11 +177,23 @@ def _apply(values: dict[str, Any], change: str) -> None:
     values[last] = value
 
 
-def _sentence(problem: ValidationError) -> str:
-    """The first mistake in words: where, what was found, what is allowed."""
-    error = problem.errors()[0]
-    kinds = re.compile(r"int|str|list\[.*|constrained-.*")  # pydantic names the branch of a union after the key
-    name = ".".join(str(part) for part in error["loc"] if not kinds.fullmatch(str(part)) or isinstance(part, int))
+def _sentences(problem: ValidationError) -> str:
+    """Each mistake in words, the first `TOLD` of them: where, what was found, what is allowed."""
+    errors: dict[str, ErrorDetails] = {}
+    for error in problem.errors():
+        errors.setdefault(_name(error), error)  # a union tells of each of its branches
+    told = [_sentence(name, error, alone=len(errors) == 1) for name, error in errors.items()]
+    more = f" And {len(told) - TOLD} more." if len(told) > TOLD else ""
+    return " ".join([told[0], *(one[0].upper() + one[1:] for one in told[1:TOLD])]) + more
+
+
+def _name(error: ErrorDetails) -> str:
+    """The dotted key; pydantic names the branch of a union after it."""
+    kinds = re.compile(r"int|str|list\[.*|constrained-.*")
+    return ".".join(str(part) for part in error["loc"] if not kinds.fullmatch(str(part)) or isinstance(part, int))
+
+
+def _sentence(name: str, error: ErrorDetails, *, alone: bool) -> str:
     if error["type"] == "extra_forbidden":
         valid = _keys_beside(error["loc"])
         last = str(error["loc"][-1])
@@ -186,7 +201,7 @@ def _sentence(problem: ValidationError) -> str:
         if elsewhere := [f"{table}.{last}" for table in tables if last not in valid]:
             return f"unknown key '{name}'; it belongs into a table: {' or '.join(elsewhere)}."
         near = difflib.get_close_matches(last, valid, n=1, cutoff=0)
-        return f"unknown key '{name}'; the nearest valid key is '{near[0]}'. Valid here: {', '.join(valid)}."
+        return f"unknown key '{name}'; the nearest valid key is '{near[0]}'." + (f" Valid here: {', '.join(valid)}." if alone else "")
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
     found = f"{error['input']!r} ({type(error['input']).__name__})"

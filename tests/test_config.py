@@ -72,6 +72,24 @@ def test_a_mistake_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -
         config.load(written(tmp_path, text))
 
 
+def test_several_mistakes_are_told_together_and_a_key_once(tmp_path: Path) -> None:
+    text = 'resolution_px = "large"\nstep = 3\n' + RUN.replace("60", "0") + "aplha = 3\n"
+    with pytest.raises(UserError) as told:
+        config.load(written(tmp_path, text))
+    said = str(told.value)
+    assert [said.count(words) for words in ("'resolution_px' is 'large'", "'steps' is 0", "key 'step';", "key 'lora.aplha';")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
+    assert "Valid here" not in said
+    assert ". Unknown key 'lora.aplha'; the nearest valid key is 'alpha'." in said
+    many = "".join(f"wrong_{i} = 1\n" for i in range(9)) + RUN
+    with pytest.raises(UserError, match=r"'wrong_4'.* And 4 more\.$"):
+        config.load(written(tmp_path, many))
+
+
 def test_a_missing_config_and_a_bad_change_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         config.load(tmp_path / "none.toml")
