@@ -253,7 +253,8 @@ def show_plan(run: Config) -> None:
 
     found = prepare.linked_run(run)
     run = found.run
-    samples = material.find_or_refuse(run).samples
+    pictures = material.find_or_refuse(run)
+    samples = pictures.samples
     what = base_files.identify(run.base, family=run.family, prediction=run.prediction)
     base_model.targets(run.lora.targets)
     print(configs.to_toml(run))
@@ -265,5 +266,9 @@ def show_plan(run: Config) -> None:
     visits = run.steps * run.batch * run.optimizer.accumulation
     sides = len(run.resolution_px) if isinstance(run.resolution_px, list) else 1
     epoch = sum(sample.repeats for sample in samples) * sides
-    print(f"# {len(samples)} pictures, {epoch} per epoch; {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    held_out = len(pictures.held_out)
+    print(f"# {len(samples)} pictures to learn from and {held_out} held out; {epoch} visits are an epoch")
+    print(f"# {visits} visits in {run.steps} steps = {visits / epoch:.1f} epochs")
+    if not run.trigger:
+        print('# No trigger word: the LoRA will change every prompt; trigger = "a-made-up-word" lets it be called.')
     print(f"# base: {what.sentence}")

@@ -87,7 +87,7 @@ def test_set_changes_a_key_and_dry_run_shows_it_and_trains_nothing(config_path: 
     assert code == 0
     assert "rank = 8" in out
     assert 'name = "other"' in out
-    assert "5 pictures, 5 per epoch; 8 visits in 4 steps = 1.6 epochs" in out
+    assert "# 5 pictures to learn from and 0 held out; 5 visits are an epoch\n# 8 visits in 4 steps = 1.6 epochs" in out
     assert list(tmp_path.iterdir()) == []
 
 
