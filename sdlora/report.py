@@ -71,7 +71,7 @@ def build(facts: Facts, *, verdict: Verdict | None, sheet: Path | None) -> Page:
     curves = tuple(report_curves.curves(facts, recommended=verdict.step if verdict else None))
     sections = {
         "How to use it": tuple(_usage(facts, chosen, verdict)),
-        "Without and with the LoRA": _sheet(sheet),
+        "Without and with the LoRA": tuple(_sheet(facts, chosen, sheet)),
         "How it learned": tuple(_progress(facts, verdict)),
         "Curves": (Charts(curves),) if curves else (),
         "What happened": tuple(_course(facts)),
@@ -201,14 +201,20 @@ def _elsewhere(facts: Facts, chosen: LoRAPath, strength: str, prompt: str, call:
     yield ("In A1111, Forge and SD.Next write ", Code(tag), f"; in ComfyUI set both strengths of the node Load LoRA to {strength}.")
 
 
-def _sheet(sheet: Path | None) -> tuple[Block, ...]:
-    if sheet is None or not sheet.is_file():
-        return ()
-    words = (
-        "Each row is a prompt and one seed. The first column is the base without the LoRA: what differs from it is the LoRA's work. "
-        "Look for the column that has your subject or style and still shows what the prompt asks for.",
-    )
-    return (Picture(sheet, "Prompts as rows, no LoRA and checkpoints at their strengths as columns", words),)
+def _sheet(facts: Facts, chosen: LoRAPath | None, sheet: Path | None) -> Iterator[Block]:
+    """The sheet, or how to get one if the run was to draw nothing."""
+    if sheet and sheet.is_file():
+        words = (
+            "Each row is a prompt and one seed. The first column is the base without the LoRA: what differs from it is the LoRA's work. "
+            "Look for the column that has your subject or style and still shows what the prompt asks for.",
+        )
+        yield Picture(sheet, "Prompts as rows, no LoRA and checkpoints at their strengths as columns", words)
+    elif chosen and not facts.run.sample_every:
+        name = shlex.quote(chosen.path.relative_to(facts.folder).as_posix())
+        command = (
+            f"sdlora compare --base {shlex.quote(facts.run.base)} --lora {name} --prompt {shlex.quote(_example(facts))} --out sheet.png"
+        )
+        yield Paragraph(("The run drew no pictures (sample_every = 0). In the folder of this report this draws some: ", Code(command)))
 
 
 def _progress(facts: Facts, verdict: Verdict | None) -> Iterator[Block]:

@@ -312,6 +312,13 @@ def test_without_looks_and_samples_their_places_are_empty(tmp_path: Path) -> Non
     assert "Training loss" in text
 
 
+@pytest.mark.parametrize(("sample_every", "told"), [(0, True), (2, False)])
+def test_a_run_that_was_to_draw_nothing_says_how_to_draw(tmp_path: Path, sample_every: int, told: bool) -> None:
+    text = page_of(run_folder(tmp_path / "run", [STARTED, step(4)], sample_every=sample_every)).text
+    command = "sdlora compare --base someone/some-base --lora pip-v1.safetensors --prompt 'pip, …' --out sheet.png"
+    assert (command in text) == told
+
+
 def test_a_damaged_picture_is_named_in_its_place(whole: Path) -> None:
     (whole / "samples" / "000002-0.png").write_bytes(png()[:60])
     assert "000002-0.png cannot be read" in page_of(whole, Verdict()).text
