@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from sdlora.events import Validated
 
-# How much a gain on the run's own pictures counts beside one on held-out pictures, by what they have in common: a style is all of a
-# picture, a character a part of it, and the rest is only memorised. Both are the middle of what is good on the runs of docs/log.md.
-OWN = {"style": 0.65, "character": 0.1}
-DEAREST = 0.8  # a rise of the held-out loss above its lowest that no gain on the run's own pictures is worth
+# How many times an error on the run's own pictures counts beside one on held-out pictures, by what they have in common: a style is all of
+# a picture, a character a part of it, and the rest is only memorised. Fitted to what is true of the runs in docs/log.md.
+OWN = {"style": 5.0, "character": 0.1}
+KEPT = 0.6  # of what was gained on held-out pictures: a checkpoint that has lost more again is worth nothing, whatever else it learned
 ALIKE = 0.005  # losses that differ by less, as a share, are as good as each other
 OVERFIT = 0.05  # a rise of the held-out loss above its lowest that is said aloud
 BROKEN_DRIFT = 1.0  # answers to captions without the trigger have moved as far as they are long
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def recommended(looks: Sequence[Validated], *, kind: str = "style", saved: Collection[int] | None = None) -> int:
-    """The step of the checkpoint to use: the earliest whose `price` is the lowest, to `ALIKE`, of those not dearer than `DEAREST`.
+    """The step of the checkpoint to use: the earliest whose `price` is the lowest, to `ALIKE`, of those that have `KEPT`.
 
     Without held-out pictures: the last before the loss of the training pictures rose or the LoRA broke the base.
 
@@ -62,15 +62,20 @@ def recommended(looks: Sequence[Validated], *, kind: str = "style", saved: Colle
         return kept[0].step
     if any(look.loss is None for look in sound):
         return _until_it_rises(sound).step
-    dearest = min(map(_held, sound)) * (1 + DEAREST)
-    worth = [look for look in sound if _held(look) <= dearest]
+    worth = [look for look in sound if _held(look) <= _dearest(looks, sound)]
     lowest = min(price(look, kind) for look in worth)
     return next(look.step for look in worth if price(look, kind) <= lowest * (1 + ALIKE))
 
 
+def _dearest(looks: Sequence[Validated], sound: Sequence[Validated]) -> float:
+    """The held-out loss at which `KEPT` of what was gained from the base to the lowest is left; any, where nothing was gained or known."""
+    start, lowest = next((_held(look) for look in looks if look.step == 0), 0.0), min(map(_held, sound))
+    return start - KEPT * (start - lowest) if start > lowest else math.inf
+
+
 def price(look: Validated, kind: str) -> float:
-    """held-out loss · training loss ^ `OWN`, by which checkpoints are compared; lower is better."""
-    return _held(look) * math.pow(look.seen_loss, OWN[kind])
+    """held-out loss + `OWN` · training loss, by which checkpoints are compared; lower is better."""
+    return _held(look) + OWN[kind] * look.seen_loss
 
 
 def verdict(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_a_run_that_still_improves_gives_its_last_checkpoint_and_says_that_more_
 
 
 def test_a_run_that_memorises_gives_the_checkpoint_before_and_says_so() -> None:
-    told = verdict.verdict(looks([0.16, 0.13, 0.15, 0.2, 0.25], [0.15, 0.12, 0.1, 0.07, 0.04]))
+    told = verdict.verdict(looks([0.16, 0.13, 0.15, 0.3, 0.35], [0.15, 0.12, 0.119, 0.07, 0.04]))
     assert (told.step, told.overfitting) == (200, True)
     assert "The run overfits: from step 200 to 500" in told.warning
     assert "memorises" in told.warning
@@ -54,7 +55,7 @@ def test_a_single_bad_look_is_no_overfitting_and_does_not_end_the_search() -> No
 
 
 def test_a_checkpoint_that_was_not_saved_is_not_recommended() -> None:
-    rows = looks([0.16, 0.13, 0.15, 0.2], [0.15, 0.12, 0.1, 0.07])
+    rows = looks([0.16, 0.13, 0.15, 0.3], [0.15, 0.12, 0.119, 0.07])
     assert verdict.recommended(rows) == 200
     assert verdict.recommended(rows, saved={100, 300, 400}) in (100, 300)
     told = verdict.verdict(rows, saved={300, 400})
@@ -63,28 +64,34 @@ def test_a_checkpoint_that_was_not_saved_is_not_recommended() -> None:
 
 
 def test_a_look_that_is_learned_further_is_worth_some_error_but_not_any() -> None:
-    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.06, 0.05])
+    rows = looks([0.14, 0.13, 0.15, 0.2], [0.06, 0.05, 0.03, 0.025])
     told = verdict.verdict(rows)
     assert (told.step, told.overfitting) == (300, True)
     assert "more of the look is learned there" in told.reason
-    assert "(error 0.135, lowest 0.13 at step 200, 0.46 without the LoRA)" in told.reason
-    assert verdict.verdict(looks([0.14, 0.13, 0.24, 0.3], [0.14, 0.12, 0.06, 0.02])).step == 200
+    assert "(error 0.15, lowest 0.13 at step 200, 0.46 without the LoRA)" in told.reason
     last = verdict.verdict(rows[:-1])
     assert last.step == 300
     assert "longer run" not in last.reason  # the error has begun to rise
 
 
+def test_what_has_lost_most_of_what_it_had_gained_is_never_recommended() -> None:
+    rows = looks([0.14, 0.13, 0.25, 0.27], [0.14, 0.12, 0.06, 0.01])  # 0.33 gained, and 0.19 left of it
+    assert verdict.recommended(rows) == 300
+    flat = [replace(BASE, loss=0.15, seen_loss=0.15), *looks([0.147, 0.145, 0.15, 0.16], [0.14, 0.13, 0.1, 0.05])[1:]]
+    assert verdict.recommended(flat) == 200  # a large base, whose errors hardly move on pictures that it does not know
+
+
 def test_of_a_character_less_error_is_given_for_what_is_learned_further() -> None:
-    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.06, 0.05])
+    rows = looks([0.14, 0.13, 0.135, 0.2], [0.14, 0.12, 0.06, 0.055])
     assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 300]  # twice as near to its own pictures
-    rows = looks([0.14, 0.13, 0.135, 0.24], [0.14, 0.12, 0.1, 0.05])
+    rows = looks([0.14, 0.13, 0.135, 0.24], [0.14, 0.12, 0.1, 0.09])
     assert [verdict.recommended(rows, kind=kind) for kind in ("style", "character")] == [300, 200]
     told = verdict.verdict(rows, kind="character")
     assert "predicted best there" in told.reason
 
 
 def test_memorising_before_the_recommended_checkpoint_is_said_too() -> None:
-    told = verdict.verdict(looks([0.127, 0.122, 0.131, 0.14, 0.143], [0.12, 0.11, 0.08, 0.06, 0.058]))
+    told = verdict.verdict(looks([0.127, 0.122, 0.131, 0.14, 0.143], [0.12, 0.11, 0.08, 0.06, 0.0595]))
     assert (told.step, told.overfitting) == (400, True)
     assert "The run overfits: from step 200 to 500" in told.warning
 
