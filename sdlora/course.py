@@ -105,6 +105,11 @@ def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[st
         step = state.step
         if step > run.steps:
             raise UserError(f"The run has taken {step} steps, more than {run.steps}; raise steps, or start anew with --out FOLDER.")
+    if resume and processes.is_first() and step < (ended := run_folder.ended_at(go.folder)):
+        raise UserError(
+            f"The run has ended after {ended} steps, and of that end no whole state is left to go on from; "
+            f"train on from its file in a new run, with --set lora.start_from={run_folder.result_path(go.folder, run.name)}."
+        )
     if processes.is_first():
         run_folder.begin(go.folder, run, step=step)
         if state:  # a killed run may have had no time for it

@@ -30,22 +30,26 @@ MOST_WAITING = 100
 
 @dataclass(frozen=True)
 class Ticket:
-    """A job in line: the run folder's name, who asked for it, and when."""
+    """A job in line: the run folder's name, who asked for it, when, and how many steps a run that has ended shall have; 0 for its own."""
 
     folder: str
     owner: str
     added_s: float
+    steps: int = 0
 
 
-def add(runs: Path, folder: Path, owner: str) -> None:
+def add(runs: Path, folder: Path, owner: str, *, steps: int = 0) -> None:
     """Puts a run folder at the end of the line.
+
+    Args:
+        steps: as in `Ticket`.
 
     Raises:
         UserError: if too many wait, or it cannot be written.
     """
     if len(tickets(runs, "waiting")) >= MOST_WAITING:
         raise UserError(f"{MOST_WAITING} trainings are in line already; take some out of it first.")
-    ticket = Ticket(folder.name, owner, time.time())
+    ticket = Ticket(folder.name, owner, time.time(), steps)
     path = runs / NAME / "waiting" / f"{time.time_ns():020d}-{secrets.token_hex(4)}.json"
     files.write(path, json.dumps(asdict(ticket)).encode() + b"\n")
 
@@ -56,7 +60,7 @@ def tickets(runs: Path, kind: str) -> list[tuple[Path, Ticket]]:
     for path in sorted((runs / NAME / kind).glob("[0-9]*.json")):
         with suppress(OSError, ValueError, TypeError, KeyError):
             told = json.loads(path.read_bytes())
-            found.append((path, Ticket(_plain(told["folder"]), str(told["owner"]), float(told["added_s"]))))
+            found.append((path, Ticket(_plain(told["folder"]), str(told["owner"]), float(told["added_s"]), int(told.get("steps", 0)))))
     return found
 
 

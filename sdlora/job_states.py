@@ -32,10 +32,12 @@ def state_of(folder: Path, *, has_child: bool) -> tuple[str, str]:
         return ("running" if isinstance(told_s, int | float) and told_s >= owner.started_s else "starting"), ""
     if has_child:
         return "starting", ""
+    if event == "done" and _written_s(folder / LOG) < _written_s(folder / "metrics.jsonl") + 1:
+        return "done", ""
+    if words := complaint(folder):  # also of a run that had ended and could not be lengthened
+        return "failed", words
     if event == "done":
         return "done", ""
-    if words := complaint(folder):
-        return "failed", words
     if event == "failed":
         return "failed", str(last.get("words", ""))
     return ("stopped" if event == "stopped" else "interrupted"), ""

@@ -119,14 +119,35 @@ def go_on(jobs: Jobs, folder: Path, *, owner: str = "") -> None:
     job = look(jobs, folder)
     if job.state in (*job_states.AT_WORK, "waiting"):
         raise UserError(f"Run {folder.name} is {job.state} already; there is nothing to go on with.")
-    if job.state == "done":
-        raise UserError(f"Run {folder.name} has come to its end; train again under another name.")
+    if job.state == "done" or run_folder.ended_at(folder):
+        raise UserError(f"Run {folder.name} has come to its end; train it longer, or again under another name.")
+    _queue_again(jobs, folder, owner)
+
+
+def lengthen(jobs: Jobs, folder: Path, *, owner: str = "") -> int:
+    """Puts a run that has come to its end in line for half as many steps more.
+
+    Returns:
+        How many it shall have in all.
+
+    Raises:
+        UserError: if it has not come to its end.
+    """
+    steps = run_folder.ended_at(folder)
+    if look(jobs, folder).state not in ("done", "failed") or not steps:
+        raise UserError(f"Run {folder.name} has not come to its end, so it cannot be lengthened yet; look what it does now.")
+    longer = steps + max(1, steps // 2)
+    _queue_again(jobs, folder, owner, steps=longer)
+    return longer
+
+
+def _queue_again(jobs: Jobs, folder: Path, owner: str, *, steps: int = 0) -> None:
     if folder.parent != jobs.runs:
         raise UserError(f"Run {folder.name} is one of several in a folder of their own; go on with them where they were started.")
     for path, ticket in job_line.tickets(jobs.runs, "started"):
         if ticket.folder == folder.name:
             path.unlink(missing_ok=True)
-    job_line.add(jobs.runs, folder, owner)
+    job_line.add(jobs.runs, folder, owner, steps=steps)
 
 
 def take_back(jobs: Jobs, folder: Path) -> None:
@@ -237,7 +258,7 @@ def start_next(jobs: Jobs, *, ready: Callable[[], bool] = lambda: True) -> Path 
             with suppress(FileNotFoundError):  # taken back meanwhile
                 path.rename(goal)
                 folder = jobs.runs / ticket.folder
-                if (folder / "config.toml").is_file() and _start(jobs, folder, handle):
+                if (folder / "config.toml").is_file() and _start(jobs, folder, handle, steps=ticket.steps):
                     return folder
         return None
     finally:
@@ -261,12 +282,13 @@ def keep_going(jobs: Jobs, *, ready: Callable[[], bool] = lambda: True) -> threa
     return stop
 
 
-def _start(jobs: Jobs, folder: Path, handle: int) -> bool:
+def _start(jobs: Jobs, folder: Path, handle: int, *, steps: int) -> bool:
     """Starts the child of a job in a session of its own, so that what ends the page does not end it."""
     for request in run_folder.REQUESTS:
         run_folder.forget(folder, request)
     place = folder.resolve()
-    command = [sys.executable, "-m", "sdlora", "train", str(place / "config.toml"), "--out", str(place)]
+    own, longer = [str(place / "config.toml"), "--out", str(place)], ["--resume", str(place), "--set", f"steps={steps}", "--allow-changes"]
+    command = [sys.executable, "-m", "sdlora", "train", *(longer if steps else own)]
     given = (handle,) if os.name != "nt" else ()
     with (folder / job_states.LOG).open("wb") as log:
         try:

@@ -64,8 +64,13 @@ def is_unfinished(folder: Path) -> bool:
 def ended_at(folder: Path) -> int:
     """After how many steps the run in it has come to its end; 0 if it has not."""
     found = rows(folder)
-    ends = [row["step"] for row in found if row["event"] == "saved" and Path(row["path"]).name == row["path"]]  # checkpoints lie deeper
-    return int(ends[-1]) if ends and any(row["event"] == "done" for row in found) else 0
+    ends = [row.get("step") for row in found if row["event"] == "saved" and _is_result(row)]
+    return int(ends[-1] or 0) if ends and any(row["event"] == "done" for row in found) else 0
+
+
+def _is_result(row: dict[str, Any]) -> bool:
+    path = str(row.get("path", ""))
+    return path == Path(path).name != ""  # checkpoints lie deeper
 
 
 def begin(folder: Path, run: Config, *, step: int) -> None:
@@ -101,7 +106,7 @@ def _with_end_kept(folder: Path, run: Config) -> list[dict[str, Any]]:
             if isinstance(verdict, dict) and verdict.get("path") == path.name:
                 files.write(told, json.dumps(verdict | moved, indent=2, ensure_ascii=False).encode())
         path.unlink()
-    return [row | moved if row["event"] == "saved" and row["step"] == ended else row for row in found]
+    return [row | moved if row["event"] == "saved" and _is_result(row) else row for row in found]
 
 
 def _is_of_the_end(row: dict[str, Any], run: Config) -> bool:

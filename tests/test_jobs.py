@@ -82,6 +82,29 @@ def test_jobs_run_one_after_the_other_and_one_that_fails_blocks_nobody(line: Job
     assert wait_for(lambda: jobs.at_work(line) is None) is True
     with pytest.raises(UserError, match="come to its end"):
         jobs.go_on(line, right)
+    with pytest.raises(UserError, match="has not come to its end"):
+        jobs.lengthen(line, wrong)
+    assert_is_lengthened(line, right)
+
+
+def assert_is_lengthened(line: Jobs, folder: Path) -> None:
+    """A run of 4 steps that has ended trains on to 6, its end a checkpoint; without a state of its end it says why it cannot."""
+    first = (folder / "cups.safetensors").read_bytes()
+    states = (folder / "state").rename(folder / "elsewhere")
+    assert jobs.lengthen(line, folder, owner="c") == 6
+    assert wait_for(lambda: jobs.start_next(line)) == folder
+    wait_for(lambda: state(line, folder) == "failed")
+    assert "no whole state is left" in jobs.look(line, folder).words
+    assert (folder / "cups.safetensors").read_bytes() == first
+    wait_for(lambda: jobs.at_work(line) is None)
+    states.rename(folder / "state")
+
+    assert jobs.lengthen(line, folder, owner="c") == 6
+    assert state(line, folder) == "waiting"
+    assert wait_for(lambda: jobs.start_next(line)) == folder
+    wait_for(lambda: state(line, folder) == "done" and run_folder.ended_at(folder) == 6)
+    assert run_folder.checkpoint_path(folder, "cups", 4).read_bytes() == first
+    assert (folder / "cups.safetensors").read_bytes() != first
 
 
 def test_a_killed_run_says_so_and_goes_on_where_it_was_saved(line: Jobs, tiny_base: Path, pictures: Path) -> None:
@@ -190,6 +213,8 @@ def test_what_ended_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     assert told("Run folder x\nStep 3\n", step) == ("interrupted", "")
     assert told("", step, {"event": "stopped", "step": 3}) == ("stopped", "")
     assert told("sdlora: old\n", step, {"event": "done"}) == ("done", "")
+    os.utime(folder / "metrics.jsonl", (1, 1))  # it was to be lengthened later
+    assert job_states.state_of(folder, has_child=False) == ("failed", "old")
     assert told("Step 3\nsdlora: The disk is\nfull.\n", step) == ("failed", "The disk is full.")
     assert told("", step, {"event": "failed", "words": "Not finite."}) == ("failed", "Not finite.")
     assert told("Traceback (most recent call last):\n  File\nKeyError: 3\n", step)[1].endswith("KeyError: 3")

@@ -488,6 +488,17 @@ def test_a_run_that_is_killed_while_it_is_lengthened_can_be_lengthened_again(
     assert run_folder.ended_at(folder) == 10
 
 
+def test_a_run_whose_end_cannot_be_gone_on_from_is_not_lengthened_and_stays(base: Path, shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    list(train.train(steady(base, shapes), folder))
+    weights = next((folder / "state" / "000008").glob("*.safetensors"))
+    weights.write_bytes(b"")  # that of step 6 is whole
+    before = interrupted.contents(folder)
+    with pytest.raises(UserError, match=r"has ended after 8 steps, and of that end no whole state is left .* lora\.start_from="):
+        list(train.train(steady(base, shapes, steps=10), folder, resume=True, allow_changes=True))
+    assert interrupted.contents(folder) == before
+
+
 # --- what it costs ------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from sdlora import config, jobs, run_folder, run_lock
+from sdlora import config, job_line, jobs, run_folder, run_lock
 from sdlora.errors import UserError
 from sdlora.jobs import Jobs
 from sdlora.ui import (
@@ -337,6 +337,20 @@ def test_what_somebody_else_started_is_stopped_only_when_asked_twice(roots: Root
     assert not folder.exists()
     with pytest.raises(UserError, match="cannot stop"):
         watch_buttons.press(roots, line, key_of(roots.runs, told), "stop", gallery.owner_of("x" * 40, ""), "", "en")
+
+
+def test_what_has_ended_can_be_trained_longer(roots: Roots, line: Jobs, told: Path) -> None:
+    job = key_of(roots.runs, told)
+    with pytest.raises(UserError, match="has not come to its end"):
+        watch_buttons.press(roots, line, job, "longer", "me", "", "en")
+    with (told / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "saved", "step": 40, "path": "cups.safetensors"}) + "\n" + json.dumps({"event": "done"}) + "\n")
+    (told / "cups.safetensors").write_bytes(b"")
+    assert watch_actions.view(roots, line, job, "en").buttons == ("use", "longer", "put_away")
+    said, _ = watch_buttons.press(roots, line, job, "longer", "me", "", "en")
+    assert "in line again, for 60 steps in all" in said
+    assert [(ticket.folder, ticket.steps) for _, ticket in job_line.tickets(roots.runs, "waiting")] == [(told.name, 60)]
+    assert watch_actions.view(roots, line, job, "ko").buttons == ("stop",)
 
 
 def test_what_has_ended_is_put_away_and_its_files_stay(roots: Roots, line: Jobs, told: Path, key: str) -> None:

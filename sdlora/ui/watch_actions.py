@@ -137,9 +137,10 @@ def buttons(job: Job) -> tuple[str, ...]:
     """Which buttons make sense for a training as it is."""
     offered = {
         "waiting": ("stop",), "starting": ("stop",), "running": ("pause", "stop", "save", "sample"), "paused": ("resume", "stop"),
-        "done": ("use", "report"),
+        "done": ("use", "report", "longer"),
     }  # fmt: skip
-    found = offered.get(job.state, ("go_on", "use"))
+    could_not_be_longer = job.state == "failed" and run_folder.ended_at(job.folder) > 0
+    found = offered["done"] if could_not_be_longer else offered.get(job.state, ("go_on", "use"))
     if job.state not in offered or job.state == "done":
         found += ("put_away",) if job.added_s else ()  # one of a shell is on no list of ours
     there = {"report": (job.folder / "report.html").is_file(), "use": run_folder.has_lora(job.folder)}

@@ -1,4 +1,4 @@
-"""What the buttons of a training do: pause, resume, stop, save, draw, go on, and hand over what came of it."""
+"""What the buttons of a training do: pause, resume, stop, save, draw, go on, train longer, and hand over what came of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdlora.ui import hand_over, watch_actions, words
 from sdlora.ui.generate_actions import message
 from sdlora.ui.roots import Roots
 
-REQUESTS = ("pause", "resume", "stop", "save", "sample", "go_on")
+REQUESTS = ("pause", "resume", "stop", "save", "sample", "go_on", "longer")
 
 
 def press(roots: Roots, line: Jobs, key: str, request: str, owner: str, confirmed: str | None, language: str) -> tuple[str, str]:
@@ -34,12 +34,16 @@ def press(roots: Roots, line: Jobs, key: str, request: str, owner: str, confirme
     if request in ("stop", "pause") and job.owner != owner and confirmed != question:
         said = words.say(f"watch.confirm_{request}", language, name=job.folder.name)
         return message(watch_actions.clean(said), kind="busy"), question
+    steps = 0
     if request == "go_on":
         jobs.go_on(line, job.folder, owner=owner)
+    elif request == "longer":
+        steps = jobs.lengthen(line, job.folder, owner=owner)
     else:
         jobs.ask(line, job.folder, request)
     told = request if job.state != "waiting" else "taken_back"
-    return message(watch_actions.clean(words.say(f"watch.asked_{told}", language, name=job.folder.name)), kind="good"), ""
+    said = words.say(f"watch.asked_{told}", language, name=job.folder.name, steps=f"{steps:,}")
+    return message(watch_actions.clean(said), kind="good"), ""
 
 
 def put_away(roots: Roots, line: Jobs, key: str, language: str) -> str:
