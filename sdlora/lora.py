@@ -59,7 +59,7 @@ class LoRALayer(nn.Module):
         if (steps is None and x.dtype != weight.dtype) or not isinstance(one, Adapter) or not one.is_plain or one.strength == 0:
             return None
         down, up = one.spoken()
-        return lora_fused.Linear(weight, steps, base.bias, down.to(x.dtype), up.to(x.dtype), one.scale)
+        return lora_fused.Linear(weight, base.bias, down.to(x.dtype), up.to(x.dtype), one.scale, steps)
 
     def voices(self) -> Iterator[Adapter | Fixed]:
         """All adapters in the order in which they were added."""

@@ -20,14 +20,14 @@ from sdlora import int8
 
 
 class Linear(NamedTuple):
-    """A frozen linear with its update: W [out, in] or its codes with steps, see `int8`, b [out], A [r, in], B [out, r], and s of s B A."""
+    """A frozen linear with its update: W [out, in] or its codes, b [out] or None, A [r, in], B [out, r], s of s B A, and steps of codes."""
 
     weight: Tensor
-    steps: Tensor | None
     bias: Tensor | None
     down: Tensor
     up: Tensor
     scale: float
+    steps: Tensor | None = None
 
 
 def answers(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:

@@ -120,7 +120,7 @@ def test_a_lora_from_a_file_speaks_beside_8_bits_and_is_not_folded() -> None:
 
 
 def test_a_run_in_8_bits_resumes_exactly_and_its_file_fits_the_whole_base(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    run = run_config(tiny_base, pictures, quantise="int8", validation={"share": 0.2, "every": 3})
+    run = run_config(tiny_base, pictures, quantise="int8", sample_every=0, validation={"share": 0.2, "every": 3})
     list(train.train(run, tmp_path / "whole"))
     for event in (going := train.train(run, tmp_path / "again")):
         if type(event).__name__ == "Saved":
