@@ -64,7 +64,8 @@ def train(
     if not goes_on and folder not in (wanted, given) and is_first():
         console.print(f"Earlier runs of this name have come to their end, the first in {wanted}, so this is a new one.", soft_wrap=True)
     if resume and not goes_on:
-        goes_on = refuse_ended(resume, run)
+        refuse_unless_longer(resume, run)
+        goes_on = True
     told = forecast(run, measure=True) if plan_first else None
     if told and told.changes:
         raise UserError("The run does not fit as it is; give the words above, and it does.")
@@ -122,16 +123,16 @@ def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
     return folders[free], False
 
 
-def refuse_ended(folder: Path, run: Config) -> bool:
-    """Whether a run that is no unfinished one goes on all the same, because it shall take more steps than it has.
+def refuse_unless_longer(folder: Path, run: Config) -> None:
+    """Of runs that are not unfinished only one that shall take more steps than it has goes on.
 
     Raises:
-        UserError: if not.
+        UserError: if it is not one.
     """
     from sdlora import run_folder
 
     if 0 < (ended := run_folder.ended_at(folder)) < run.steps:
-        return True
+        return
     said = f"it has come to its end after {ended} steps; for more of them give --set steps=N" if ended else "none has begun there"
     raise UserError(f"--resume {folder}: there is no run that could go on; {said}.")
 

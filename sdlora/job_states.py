@@ -32,15 +32,17 @@ def state_of(folder: Path, *, has_child: bool) -> tuple[str, str]:
         return ("running" if isinstance(told_s, int | float) and told_s >= owner.started_s else "starting"), ""
     if has_child:
         return "starting", ""
-    if event == "done" and _written_s(folder / LOG) < _written_s(folder / "metrics.jsonl") + 1:
-        return "done", ""
-    if words := complaint(folder):  # also of a run that had ended and could not be lengthened
+    spoke_later = _written_s(folder / LOG) >= _written_s(folder / "metrics.jsonl") + 1  # it had ended, and was to be lengthened
+    if (event != "done" or spoke_later) and (words := complaint(folder)):
         return "failed", words
-    if event == "done":
-        return "done", ""
     if event == "failed":
         return "failed", str(last.get("words", ""))
-    return ("stopped" if event == "stopped" else "interrupted"), ""
+    return (event if event in ("done", "stopped") else "interrupted"), ""
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run has come to its end, also if it could not be lengthened afterwards."""
+    return last_row(folder).get("event") == "done"
 
 
 def complaint(folder: Path) -> str:

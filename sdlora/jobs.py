@@ -119,7 +119,7 @@ def go_on(jobs: Jobs, folder: Path, *, owner: str = "") -> None:
     job = look(jobs, folder)
     if job.state in (*job_states.AT_WORK, "waiting"):
         raise UserError(f"Run {folder.name} is {job.state} already; there is nothing to go on with.")
-    if job.state == "done" or run_folder.ended_at(folder):
+    if job_states.has_ended(folder):
         raise UserError(f"Run {folder.name} has come to its end; train it longer, or again under another name.")
     _queue_again(jobs, folder, owner)
 

@@ -149,7 +149,8 @@ def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope,
         run.base, dtype=devices.base_dtype(device, run.precision), family=run.family, prediction=run.prediction, tokenizer=run.tokenizer,
         clip_skip=run.clip_skip,
     )  # fmt: skip
-    whole_bytes = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
+    opened_bytes = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
+    turns = device.type == "cuda" and base_model.take_turns(opened_bytes, free_bytes)
     prepare.ease(base, run)
     data = prepare.material_of(run, found.samples, base)
     kinds = excerpt.kinds(data, batch=run.batch, seed=run.seed)
@@ -168,7 +169,7 @@ def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope,
     flops = sum(kind.share * costs[kind.shape_px].flops * kind.pictures / fullest[kind.shape_px] for kind in kinds)
     states = 0 if speech.states is None else sum(_bytes(one) for one in (speech.states.context, speech.states.pooled)) // len(speech.rows)
     latent_bytes = sum(_bytes(one) for view in seen.values() for one in (view.mean, view.deviation, view.mask))
-    turns, coding = _coding(run, base, data, device, whole_bytes, free_bytes)
+    coding = _coding(run, base, data, turns=turns)
     counted = Counted(
         flops=flops * run.optimizer.accumulation,
         parameters=sum(weight.numel() for weight in adapters.parameters(base)),
@@ -176,7 +177,7 @@ def count(run: Config, device: torch.device, *, free_bytes: int) -> tuple[Scope,
         trained_bytes=_trained(base, run),
         data_bytes=latent_bytes + states * len(every),
         heaviest=max(costs.values(), key=lambda cost: cost.peak_bytes),
-        coding_bytes=coding,
+        coding_bytes=coding if turns else max(coding, opened_bytes),  # opened whole, before any of it is in 8 bits
         takes_turns=turns,
     )
     drawn = len(prepare.class_requests(run, data)) if run.regularisation == "auto" else 0
@@ -196,14 +197,13 @@ def _resident(base: Base, device: torch.device, *, keeps_text: bool) -> int:
     return counts.weights_bytes([*stays, *([base.autoencoder] if device.type == "cpu" else [])])
 
 
-def _coding(run: Config, base: Base, data: Material, device: torch.device, whole_bytes: int, free_bytes: int) -> tuple[bool, int]:
-    """Whether the parts take turns, and the bytes that are there while pictures are encoded, or decoded if any are drawn.
+def _coding(run: Config, base: Base, data: Material, *, turns: bool) -> int:
+    """The bytes that are there while pictures are encoded, or decoded if any are drawn.
 
     Args:
-        whole_bytes: the weights of all parts as they are opened, before any are in 8 bits.
+        turns: whether the autoencoder is there alone.
     """
-    turns = device.type == "cuda" and base_model.take_turns(whole_bytes, free_bytes)
-    every = counts.weights_bytes([base.unet, *base.text_encoders, base.autoencoder])
+    there_too = [] if turns else [base.unet, *base.text_encoders]
     width, height = max((item.shape_px for item in data.items), key=math.prod)
     pixels = torch.empty(1, 3, height, width, device=counts.META)
     there = [*base.autoencoder.parameters(), *base.autoencoder.buffers()]
@@ -212,7 +212,7 @@ def _coding(run: Config, base: Base, data: Material, device: torch.device, whole
         side = base.resolution_px // base.reduction
         drawn = torch.empty(1, 4, side, side, device=counts.META)
         peaks.append(counts.of_answer(lambda: base_model.decode(base, drawn), weights=there))
-    return turns, max(peaks) + counts.weights_bytes([base.autoencoder]) if turns else max(whole_bytes, max(peaks) + every)
+    return max(peaks) + counts.weights_bytes([base.autoencoder, *there_too])
 
 
 def _trained(base: Base, run: Config) -> int:

@@ -210,9 +210,9 @@ def _sheet(facts: Facts, chosen: LoRAPath | None, sheet: Path | None) -> Iterato
         )
         yield Picture(sheet, "Prompts as rows, no LoRA and checkpoints at their strengths as columns", words)
     elif chosen and not facts.run.sample_every:
-        name = shlex.quote(chosen.path.relative_to(facts.folder).as_posix())
-        command = (
-            f"sdlora compare --base {shlex.quote(facts.run.base)} --lora {name} --prompt {shlex.quote(_example(facts))} --out sheet.png"
+        name = chosen.path.relative_to(facts.folder).as_posix()
+        command = shlex.join(
+            ["sdlora", "compare", "--base", facts.run.base, "--lora", name, "--prompt", _example(facts), "--out", "sheet.png"]
         )
         yield Paragraph(("The run drew no pictures (sample_every = 0). In the folder of this report this draws some: ", Code(command)))
 

@@ -58,19 +58,27 @@ def check_free(folder: Path) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether it holds a run that has not come to its end."""
-    return (folder / "metrics.jsonl").exists() and not any(row["event"] == "done" for row in rows(folder))
+    return (folder / "metrics.jsonl").exists() and not _is_done(rows(folder))
 
 
 def ended_at(folder: Path) -> int:
     """After how many steps the run in it has come to its end; 0 if it has not."""
-    found = rows(folder)
-    ends = [row.get("step") for row in found if row["event"] == "saved" and _is_result(row)]
-    return int(ends[-1] or 0) if ends and any(row["event"] == "done" for row in found) else 0
+    return _end(rows(folder))
+
+
+def _end(noted: list[dict[str, Any]]) -> int:
+    ends = [row.get("step") for row in noted if _is_result(row)]
+    return int(ends[-1] or 0) if ends and _is_done(noted) else 0
+
+
+def _is_done(noted: list[dict[str, Any]]) -> bool:
+    return any(row["event"] == "done" for row in noted)
 
 
 def _is_result(row: dict[str, Any]) -> bool:
+    """Whether it tells of the result being written; checkpoints lie deeper."""
     path = str(row.get("path", ""))
-    return path == Path(path).name != ""  # checkpoints lie deeper
+    return row["event"] == "saved" and path == Path(path).name != ""
 
 
 def begin(folder: Path, run: Config, *, step: int) -> None:
@@ -94,7 +102,8 @@ def begin(folder: Path, run: Config, *, step: int) -> None:
 
 def _with_end_kept(folder: Path, run: Config) -> list[dict[str, Any]]:
     """The lines of the metrics; if a run that had ended is lengthened, its result has become a checkpoint, also in its verdict."""
-    found, ended = rows(folder), ended_at(folder)
+    found = rows(folder)
+    ended = _end(found)
     if not 0 < ended < run.steps:
         return found
     path, place, told = result_path(folder, run.name), checkpoint_path(folder, run.name, ended), folder / "verdict.json"
@@ -106,7 +115,7 @@ def _with_end_kept(folder: Path, run: Config) -> list[dict[str, Any]]:
             if isinstance(verdict, dict) and verdict.get("path") == path.name:
                 files.write(told, json.dumps(verdict | moved, indent=2, ensure_ascii=False).encode())
         path.unlink()
-    return [row | moved if row["event"] == "saved" and _is_result(row) else row for row in found]
+    return [row | moved if _is_result(row) else row for row in found]
 
 
 def _is_of_the_end(row: dict[str, Any], run: Config) -> bool:

@@ -62,7 +62,8 @@ def recommended(looks: Sequence[Validated], *, kind: str = "style", saved: Colle
         return kept[0].step
     if any(look.loss is None for look in sound):
         return _until_it_rises(sound).step
-    worth = [look for look in sound if _held(look) <= _dearest(looks, sound)]
+    dearest = _dearest(looks, sound)
+    worth = [look for look in sound if _held(look) <= dearest]
     lowest = min(price(look, kind) for look in worth)
     return next(look.step for look in worth if price(look, kind) <= lowest * (1 + ALIKE))
 

@@ -77,12 +77,8 @@ def test_several_mistakes_are_told_together_and_a_key_once(tmp_path: Path) -> No
     with pytest.raises(UserError) as told:
         config.load(written(tmp_path, text))
     said = str(told.value)
-    assert [said.count(words) for words in ("'resolution_px' is 'large'", "'steps' is 0", "key 'step';", "key 'lora.aplha';")] == [
-        1,
-        1,
-        1,
-        1,
-    ]
+    once = ("'resolution_px' is 'large'", "'steps' is 0", "key 'step';", "key 'lora.aplha';")
+    assert [words for words in once if said.count(words) != 1] == []
     assert "Valid here" not in said
     assert ". Unknown key 'lora.aplha'; the nearest valid key is 'alpha'." in said
     many = "".join(f"wrong_{i} = 1\n" for i in range(9)) + RUN

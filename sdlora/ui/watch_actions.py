@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdlora import charts, job_line, jobs, run_folder, runs
+from sdlora import charts, job_line, job_states, jobs, run_folder, runs
 from sdlora.amounts import duration, number, size
 from sdlora.charts import Series
 from sdlora.jobs import Job, Jobs
@@ -139,8 +139,8 @@ def buttons(job: Job) -> tuple[str, ...]:
         "waiting": ("stop",), "starting": ("stop",), "running": ("pause", "stop", "save", "sample"), "paused": ("resume", "stop"),
         "done": ("use", "report", "longer"),
     }  # fmt: skip
-    could_not_be_longer = job.state == "failed" and run_folder.ended_at(job.folder) > 0
-    found = offered["done"] if could_not_be_longer else offered.get(job.state, ("go_on", "use"))
+    could_not_be_longer = job.state == "failed" and job_states.has_ended(job.folder)
+    found = offered.get("done" if could_not_be_longer else job.state, ("go_on", "use"))
     if job.state not in offered or job.state == "done":
         found += ("put_away",) if job.added_s else ()  # one of a shell is on no list of ours
     there = {"report": (job.folder / "report.html").is_file(), "use": run_folder.has_lora(job.folder)}

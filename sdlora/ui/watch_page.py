@@ -26,7 +26,7 @@ from sdlora.ui.roots import Roots
 POLL_S = 1.5
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 PRIVATE: dict[str, Any] = QUIET | {"api_visibility": "private"}
-BUTTONS = (*(one for one in watch_buttons.REQUESTS if one != "longer"), "use", "report", "longer", "put_away")
+BUTTONS = ("pause", "resume", "stop", "save", "sample", "go_on", "use", "report", "longer", "put_away")
 TO_PAPER = """() => { document.querySelector("#watch-paper").scrollIntoView({ behavior: "smooth" }); }"""
 CSS = """
 #watch-title p { font-size: 1.3rem; font-weight: 700; margin: 18px 0 0; color: var(--body-text-color); }
