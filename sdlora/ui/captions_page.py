@@ -97,6 +97,14 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
     Returns:
         What `.then` takes to look at the pictures after another event.
     """
+    look = _wire_looks(roots, parts, about)
+    _wire_changes(roots, parts, about, look)
+    _wire_sheet(roots, parts, about)
+    return look
+
+
+def _wire_looks(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
+    """The cards, page by page."""
     looking = [about.key, about.trigger, about.kind, about.base, about.changes, parts.page]
     shown = [parts.summary, parts.cards]
 
@@ -118,6 +126,19 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
                     yield actions.summary(one[2], language), found
         except UserError as problem:
             yield message(str(problem), kind="bad"), gr.skip()
+
+    def on_page(event: gr.EventData) -> Any:
+        page = _told(event, "page")
+        return page if isinstance(page, int) and abs(page) < 10**6 else 1
+
+    look: dict[str, Any] = {"fn": on_look, "inputs": looking, "outputs": shown, "api_visibility": "private", **QUIET, **WORK}
+    parts.cards.select(on_page, outputs=parts.page, api_visibility="private", **QUIET).then(**look)
+    parts.cards.submit(on_look, looking, shown, api_name="train_check", trigger_mode="always_last", **QUIET, **WORK)
+    return look
+
+
+def _wire_changes(roots: Roots, parts: Parts, about: About, look: dict[str, Any]) -> None:
+    """Captions that are written, one or all, and pictures that are taken out."""
 
     def on_write(set_id: str, picture: str, caption: str) -> str:
         """Writes one caption by the set's and the picture's id; says nothing if all is well, else why not."""
@@ -145,6 +166,29 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
         except UserError as problem:
             yield message(str(problem), kind="bad")
 
+    def on_remove(request: gr.Request, set_id: str, picture: str) -> str:
+        """Takes one picture out of a set by its id."""
+        try:
+            train_actions.remove(roots, set_id, picture)
+        except UserError as problem:
+            return message(str(problem), kind="bad")
+        return message(words.say("train.taken_out", words.language_of(request.headers)), kind="good")
+
+    def on_away(key: str, event: gr.EventData, request: gr.Request) -> str:
+        return on_remove(request, key, _told(event, "picture"))
+
+    edited = parts.apply.click(on_edit, [about.key, parts.action, parts.tag, parts.other], about.status, api_name="train_captions", **QUIET)
+    drafted = parts.draft.click(on_draft, about.key, about.status, api_name="train_draft", **QUIET, **WORK)
+    away = parts.cards.delete(on_away, about.key, about.status, api_visibility="private", **QUIET)
+    for one in (edited, drafted, away):
+        one.then(**look)
+    api(on_write, api_name="train_caption")
+    api(on_remove, api_name="train_remove")
+
+
+def _wire_sheet(roots: Roots, parts: Parts, about: About) -> None:
+    """All pictures on one page."""
+
     def on_sheet(
         request: gr.Request, set_id: str, trigger: str = "", kind: str = "style", base: str = "mini", changes: str = ""
     ) -> tuple[str, Any]:
@@ -158,33 +202,8 @@ def wire(roots: Roots, parts: Parts, about: About) -> dict[str, Any]:
         told = words.say("train.sheet_done", words.language_of(request.headers))
         return message(told, kind="good"), gr.update(value=drawn, visible=True)
 
-    def on_remove(request: gr.Request, set_id: str, picture: str) -> str:
-        """Takes one picture out of a set by its id."""
-        try:
-            train_actions.remove(roots, set_id, picture)
-        except UserError as problem:
-            return message(str(problem), kind="bad")
-        return message(words.say("train.taken_out", words.language_of(request.headers)), kind="good")
-
-    def on_away(key: str, event: gr.EventData, request: gr.Request) -> str:
-        return on_remove(request, key, _told(event, "picture"))
-
-    def on_page(event: gr.EventData) -> Any:
-        page = _told(event, "page")
-        return page if isinstance(page, int) and abs(page) < 10**6 else 1
-
-    look: dict[str, Any] = {"fn": on_look, "inputs": looking, "outputs": shown, "api_visibility": "private", **QUIET, **WORK}
-    parts.sheet_go.click(on_sheet, looking[:5], [about.status, parts.sheet], api_name="train_sheet", **WORK)
-    edited = parts.apply.click(on_edit, [about.key, parts.action, parts.tag, parts.other], about.status, api_name="train_captions", **QUIET)
-    drafted = parts.draft.click(on_draft, about.key, about.status, api_name="train_draft", **QUIET, **WORK)
-    away = parts.cards.delete(on_away, about.key, about.status, api_visibility="private", **QUIET)
-    turned = parts.cards.select(on_page, outputs=parts.page, api_visibility="private", **QUIET)
-    parts.cards.submit(on_look, looking, shown, api_name="train_check", trigger_mode="always_last", **QUIET, **WORK)
-    for one in (edited, drafted, away, turned):
-        one.then(**look)
-    api(on_write, api_name="train_caption")
-    api(on_remove, api_name="train_remove")
-    return look
+    asked = [about.key, about.trigger, about.kind, about.base, about.changes]
+    parts.sheet_go.click(on_sheet, asked, [about.status, parts.sheet], api_name="train_sheet", **WORK)
 
 
 def _told(event: gr.EventData, name: str) -> Any:

@@ -135,6 +135,20 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
     Returns:
         The function that looks and its outputs, to be called after another event with a job's id; and the event of "Draw with it".
     """
+    look = _wire_looks(roots, jobs, parts)
+    _wire_requests(roots, jobs, parts, token, look)
+    _wire_report(roots, jobs, parts)
+    parts.job.input(lambda: "", outputs=parts.status, queue=False, **PRIVATE)
+    demo.load(**look, queue=False, **PRIVATE)
+    return look["fn"], look["outputs"], _wire_use(roots, jobs, parts)
+
+
+def _wire_looks(roots: Roots, jobs: Jobs, parts: Parts) -> dict[str, Any]:
+    """The page shows how far the chosen training is.
+
+    Returns:
+        What an event's listener takes to look.
+    """
     shown = [parts.job, parts.head, parts.curves, parts.pictures, *(getattr(parts, one) for one in BUTTONS), parts.seen, parts.status]
 
     def on_jobs() -> list[dict[str, Any]]:
@@ -175,6 +189,17 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
         found = (value if new[name] != old.get(name) else gr.skip() for name, value in zip(names, values, strict=True))
         return [*found, new, "" if over else gr.skip()]
 
+    look: dict[str, Any] = {"fn": on_watch, "inputs": [parts.job, parts.seen], "outputs": shown}
+    parts.timer.tick(**look, trigger_mode="once", queue=False, **PRIVATE)
+    parts.job.input(**look, queue=False, **PRIVATE)
+    api(on_jobs, api_name="watch_jobs")
+    api(on_job, api_name="watch_job")
+    return look
+
+
+def _wire_requests(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, look: dict[str, Any]) -> None:
+    """Buttons that ask a training for something, or take it off the list."""
+
     def press(request_name: str) -> Any:
         """What a button does, by the name of its request."""
 
@@ -188,13 +213,24 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
 
         return on_press
 
-    def on_use(request: gr.Request, job: str) -> tuple[Any, str]:
-        """Gives what Generate needs to draw with a training's LoRA: base, LoRA id, strength, prompt, seed and the rest."""
+    def on_put_away(request: gr.Request, job: str) -> tuple[str, Any]:
+        """Takes a training that has ended off the list, by its id; its files stay."""
         try:
-            setting = watch_buttons.setting_of(roots, jobs, job)
+            return watch_buttons.put_away(roots, jobs, job, words.language_of(request.headers)), None
         except UserError as problem:
-            return None, message(actions.clean(str(problem)), kind="bad")
-        return setting, message(words.say("watch.used", words.language_of(request.headers)), kind="good")
+            return message(actions.clean(str(problem)), kind="bad"), gr.skip()
+
+    for name in watch_buttons.REQUESTS:
+        pressed = getattr(parts, name).click(
+            press(name), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{name}", **QUIET
+        )  # fmt: skip
+        pressed.then(**look, queue=False, **PRIVATE)
+    away = parts.put_away.click(on_put_away, parts.job, [parts.status, parts.job], queue=False, api_name="watch_put_away", **QUIET)
+    away.then(**look, queue=False, **PRIVATE)
+
+
+def _wire_report(roots: Roots, jobs: Jobs, parts: Parts) -> None:
+    """The report of a training that has ended, as long as that training is the one that is shown."""
 
     def on_report(request: gr.Request, job: str) -> tuple[Any, str, str]:
         """Gives the report of a training that has come to its end, as a file, and as what the page shows."""
@@ -208,33 +244,24 @@ def wire(roots: Roots, jobs: Jobs, parts: Parts, token: gr.Textbox, demo: gr.Blo
         paper = watch_buttons.paper(path, words.say("watch.report", language))
         return gr.update(value=str(copy), visible=True), message(words.say("watch.reported", language), kind="good"), paper
 
-    def on_put_away(request: gr.Request, job: str) -> tuple[str, Any]:
-        """Takes a training that has ended off the list, by its id; its files stay."""
-        try:
-            return watch_buttons.put_away(roots, jobs, job, words.language_of(request.headers)), None
-        except UserError as problem:
-            return message(actions.clean(str(problem)), kind="bad"), gr.skip()
-
-    look: dict[str, Any] = {"fn": on_watch, "inputs": [parts.job, parts.seen], "outputs": shown}
-    parts.timer.tick(**look, trigger_mode="once", queue=False, **PRIVATE)
-    parts.job.input(**look, queue=False, **PRIVATE)
-    api(on_jobs, api_name="watch_jobs")
-    api(on_job, api_name="watch_job")
-    for name in watch_buttons.REQUESTS:
-        pressed = getattr(parts, name).click(
-            press(name), [parts.job, token, parts.question], [parts.status, parts.question], queue=False, api_name=f"watch_{name}", **QUIET
-        )  # fmt: skip
-        pressed.then(**look, queue=False, **PRIVATE)
     read = parts.report.click(on_report, parts.job, [parts.file, parts.status, parts.paper], api_name="watch_report", **QUIET)
     read.then(None, js=TO_PAPER, api_visibility="private")
-    away = parts.put_away.click(on_put_away, parts.job, [parts.status, parts.job], queue=False, api_name="watch_put_away", **QUIET)
-    away.then(**look, queue=False, **PRIVATE)
-    for one in (parts.job.input, parts.put_away.click):  # the report is of the training that was shown
+    for one in (parts.job.input, parts.put_away.click):
         one(lambda: ("", gr.update(visible=False)), outputs=[parts.paper, parts.file], queue=False, **PRIVATE)
-    parts.job.input(lambda: "", outputs=parts.status, queue=False, **PRIVATE)
-    demo.load(**look, queue=False, **PRIVATE)
-    used = parts.use.click(on_use, parts.job, [parts.setting, parts.status], api_name="watch_use", **QUIET)
-    return on_watch, shown, used
+
+
+def _wire_use(roots: Roots, jobs: Jobs, parts: Parts) -> gr.events.Dependency:
+    """The event of "Draw with it"."""
+
+    def on_use(request: gr.Request, job: str) -> tuple[Any, str]:
+        """Gives what Generate needs to draw with a training's LoRA: base, LoRA id, strength, prompt, seed and the rest."""
+        try:
+            setting = watch_buttons.setting_of(roots, jobs, job)
+        except UserError as problem:
+            return None, message(actions.clean(str(problem)), kind="bad")
+        return setting, message(words.say("watch.used", words.language_of(request.headers)), kind="good")
+
+    return parts.use.click(on_use, parts.job, [parts.setting, parts.status], api_name="watch_use", **QUIET)
 
 
 def _mark(value: Any) -> str:
