@@ -1,6 +1,6 @@
 """One training step at full size with random weights: what a base of that size needs, on this machine.
 
-    python -m benchmarks.full_size_step --family sd1 --out FOLDER [--steps 1] [--resolution 512] [--checkpointing]
+    python -m benchmarks.full_size_step --family sd1 --out FOLDER [--steps 1] [--resolution 512] ...
 
 The base's weights are random, written once into the folder in fp16, in diffusers' layout; everything else is what `sdlora train`
 does. The training runs in a process of its own, so that its peak memory is that of training alone.
@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512, help="in px")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--targets", default="attn-mlp")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--quantise", default="none")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--json", action="store_true", help="the figures as one line of JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -98,6 +100,7 @@ def measured(options: argparse.Namespace) -> dict[str, object]:
         "base": str(options.out / options.family), "data": str(options.out / "pictures"), "kind": "style", "name": "noise",
         "steps": options.steps, "batch": options.batch,
         "validation": {"every": 0}, "report": False, "resolution_px": options.resolution, "sample_every": 0, "save_every": 10**6,
+        "precision": options.precision, "quantise": options.quantise,
         "gradient_checkpointing": options.checkpointing, "lora": {"targets": options.targets},
     }  # fmt: skip
     began, steps, modules = time.monotonic(), [], 0
