@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sdlora.forecast import Forecast
 
 training = typer.Typer()
+STOPPING = "\nStopping after this step, and saving; once more ends at once, without what was learned since the last save\n"
 RunFolder = Annotated[Path | None, typer.Option("--out", help="the run folder; one below runs/ if not given")]
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change a key, e.g. lora.rank=8")]
 
@@ -54,6 +55,8 @@ def train(
             raise UserError("--resume is for one run; the same command again goes on with a queue or a sweep.")
         one = partial(train_one, allow_changes=allow_changes)
         cli_runs.train_many(paths, changes=changes, sweep=axes, out=out, train_one=one, dry_run=dry_run)
+    if not paths and resume and not (resume / "config.toml").is_file():
+        raise UserError(f"--resume {resume}: there is no run; name the folder that a run was written to, with its config.toml.")
     paths = paths or [(resume or Path()) / "config.toml"]
     run = configs.load(paths[0], changes=changes)
     if dry_run:
@@ -133,7 +136,12 @@ def refuse_unless_longer(folder: Path, run: Config) -> None:
 
     if 0 < (ended := run_folder.ended_at(folder)) < run.steps:
         return
-    said = f"it has come to its end after {ended} steps; for more of them give --set steps=N" if ended else "none has begun there"
+    more = f"for more of them give --set steps=N --allow-changes with N above {ended}"
+    said = (
+        f"it has come to its end after {ended} steps{f', not {run.steps}' if run.steps != ended else ''}; {more}"
+        if ended
+        else "none has begun there"
+    )
     raise UserError(f"--resume {folder}: there is no run that could go on; {said}.")
 
 
@@ -156,7 +164,7 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
             run_folder.check_free(folder)
     from sdlora import train as story  # takes seconds: what can be refused has been
 
-    with progress(quiet=quiet) as bar, signals_ask_to_stop(folder) as signals:
+    with progress(quiet=quiet) as bar, signals_ask_to_stop(folder, quiet=quiet) as signals:
         bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
         for event in story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=forecast.row() if forecast else None):
             signals.begun = signals.begun or isinstance(event, events.Started)
@@ -223,7 +231,7 @@ class Signals:
 
 
 @contextmanager
-def signals_ask_to_stop(folder: Path) -> Iterator[Signals]:
+def signals_ask_to_stop(folder: Path, *, quiet: bool = False) -> Iterator[Signals]:
     """While it lasts, the first SIGINT or SIGTERM asks the run to save and end, and the second ends at once.
 
     A launcher passes a Ctrl-C on as SIGTERM to processes that have had it already; for these only a second of the same kind counts.
@@ -238,6 +246,8 @@ def signals_ask_to_stop(folder: Path) -> Iterator[Signals]:
         if again or not signals.begun:
             raise SystemExit(128 + number)
         run_folder.ask(folder, "stop")
+        if not quiet:
+            os.write(2, STOPPING.encode())  # at any moment: `print` may be at work just now, and cannot be called inside itself
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

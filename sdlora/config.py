@@ -21,7 +21,7 @@ from sdlora.config_tables import Config as Config
 from sdlora.config_tables import FolderConfig as FolderConfig
 from sdlora.errors import UserError
 
-TOLD = 5  # mistakes at a time
+TOLD = 12  # mistakes at a time
 
 
 def load(path: Path, *, changes: list[str] | None = None) -> Config:
@@ -178,9 +178,9 @@ def _apply(values: dict[str, Any], change: str) -> None:
 
 
 def _sentences(problem: ValidationError) -> str:
-    """Each mistake in words, the first `TOLD` of them: where, what was found, what is allowed."""
+    """Each mistake in words, unknown keys first, `TOLD` of them at most: where, what was found, what is allowed."""
     errors: dict[str, ErrorDetails] = {}
-    for error in problem.errors():
+    for error in sorted(problem.errors(), key=lambda one: one["type"] != "extra_forbidden"):
         errors.setdefault(_name(error), error)  # a union tells of each of its branches
     told = [_sentence(name, error, alone=len(errors) == 1) for name, error in errors.items()]
     more = f" And {len(told) - TOLD} more." if len(told) > TOLD else ""
@@ -205,6 +205,7 @@ def _sentence(name: str, error: ErrorDetails, *, alone: bool) -> str:
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
     found = f"{error['input']!r} ({type(error['input']).__name__})"
+    found = str(error["input"]).lower() if isinstance(error["input"], bool) else found  # as TOML says it
     if error["type"] == "string_pattern_mismatch":
         return f"'{name}' is {found}; letters, digits, spaces, dots, dashes and underscores are allowed, with a letter or digit first."
     if error["type"] in ("model_type", "dict_type"):

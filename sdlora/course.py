@@ -105,10 +105,16 @@ def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[st
         step = state.step
         if step > run.steps:
             raise UserError(f"The run has taken {step} steps, more than {run.steps}; raise steps, or start anew with --out FOLDER.")
-    if resume and processes.is_first() and step < (ended := run_folder.ended_at(go.folder)):
+    ended = run_folder.ended_at(go.folder) if resume and processes.is_first() else 0
+    if step < ended:
         raise UserError(
             f"The run has ended after {ended} steps, and of that end no whole state is left to go on from; "
             f"train on from its file in a new run, with --set lora.start_from={run_folder.result_path(go.folder, run.name)}."
+        )
+    if 0 < ended < run.steps:
+        place = run_folder.checkpoint_path(go.folder, run.name, ended).relative_to(go.folder)
+        notes.append(
+            f"{run.name}.safetensors, its end after {ended} steps, is {place.as_posix()} from now on, until the new end is written"
         )
     if processes.is_first():
         run_folder.begin(go.folder, run, step=step)

@@ -35,7 +35,7 @@ from sdlora.report_blocks import (
 )  # fmt: skip
 from sdlora.report_curves import evenly
 from sdlora.report_facts import Facts, LoRAPath
-from sdlora.verdict import Verdict
+from sdlora.verdict import Verdict, still_falls
 
 _STEPS = 8  # pictures of a prompt; more are not compared but counted
 _FILES = 4  # with their hashes in sight; more are folded away
@@ -171,10 +171,11 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
         ("Strength says how much the LoRA changes the base: 0 is the base alone, 1 is as it was trained, in between is milder.",),
         faint=True,
     )
-    if verdict and facts.is_done and verdict.step == run.steps and not verdict.warning:
+    is_best = verdict is not None and verdict.step == run.steps and not verdict.warning
+    if verdict and facts.is_done and (is_best or still_falls(facts.looks)):
         more = f"sdlora train --resume {shlex.quote(facts.folder.name)} --set steps={run.steps * 3 // 2} --allow-changes"
         yield Paragraph(
-            ("The last checkpoint is the best so far. To train on from there, beside this run's folder: ", Code(more)), faint=True
+            ("A longer run may do still better. To train on from the end of this one, beside its folder: ", Code(more)), faint=True
         )
     limits = facts.started.limits if facts.started else ()
     if limits:
@@ -182,10 +183,10 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
 
 
 def _example(facts: Facts) -> str:
-    """A prompt that calls the LoRA: that of the first sample if there is one."""
+    """A prompt that calls the LoRA: that of the first sample if there is one, else the trigger word alone."""
     samples = [path for pictures in facts.samples.values() for path in pictures.values()]
     prompt, trigger = runs.prompt_in(samples[0]) or "" if samples else "", facts.run.trigger
-    return prompt if prompt and trigger in prompt else ", ".join(part for part in (trigger, prompt or "…") if part)
+    return prompt if prompt and trigger in prompt else ", ".join(part for part in (trigger, prompt) if part) or "a picture"
 
 
 def _elsewhere(facts: Facts, chosen: LoRAPath, strength: str, prompt: str, call: Words) -> Iterator[Words]:

@@ -53,7 +53,9 @@ def check_free(folder: Path) -> None:
         UserError: if it holds a run already.
     """
     if (folder / "metrics.jsonl").exists():
-        raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away.")
+        ended = ended_at(folder)
+        longer = f"; to train it longer, --resume {folder} --set steps=N --allow-changes with N above {ended}" if ended else ""
+        raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away{longer}.")
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -97,7 +97,7 @@ def look(folder: Path) -> Run:
     """What one run folder tells, however damaged it is."""
     rows = run_folder.rows(folder)
     settings, trouble = settings_of(folder)
-    started: dict[str, Any] = next((row for row in rows if row["event"] == "started"), {})
+    started: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "started"), {})  # it may have been made longer
     best, verdict_trouble = _best(folder)
     return Run(
         folder=folder,

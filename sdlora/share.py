@@ -119,7 +119,8 @@ def choose(told: Run, run: Config, checkpoint: int | None) -> Choice:
         return Choice(best.path, best.step, best.strength, best.reason)
     step = run.steps if checkpoint is None else checkpoint
     if step not in paths:
-        missing = "has no LoRA file of its end" if checkpoint is None else f"has no checkpoint of step {checkpoint}"
+        ended = "has no LoRA file of its end" if told.state == "done" else "has not come to its end"
+        missing = ended if checkpoint is None else f"has no checkpoint of step {checkpoint}"
         there = f"there are those of steps {', '.join(map(str, sorted(paths)))}" if paths else "it has none at all; let the run go on first"
         raise UserError(f"Run folder {told.folder} {missing}; choose one with --checkpoint STEP: {there}.")
     return Choice(paths[step], step, best.strength, best.reason) if best and best.step == step else Choice(paths[step], step)

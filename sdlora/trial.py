@@ -38,6 +38,7 @@ from sdlora import (
 )
 from sdlora import material as materials
 from sdlora.adapters import Trained
+from sdlora.amounts import counted
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.excerpt import Kind
@@ -185,7 +186,7 @@ def _measured(run: Config, clock: Clock) -> Iterator[Progress | Measured]:
 def _title(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"the CPU with {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
 
 
 def _opened(run: Config, clock: Clock) -> tuple[Base, Material, float]:

@@ -103,6 +103,16 @@ def verdict(
     return Verdict(step, best, reason, overfits, warning)
 
 
+def still_falls(looks: Sequence[Validated]) -> bool:
+    """Whether the held-out loss is at its lowest in the end, to `ALIKE`, and at half of the steps was above that by `OVERFIT`."""
+    known = [look for look in looks if look.step > 0 and look.loss is not None and _is_sound(look)]
+    if not known:
+        return False
+    last, lowest = known[-1], min(map(_held, known))
+    before = [look for look in known if look.step <= last.step / 2]
+    return bool(before) and _held(last) <= lowest * (1 + ALIKE) and _held(before[-1]) > lowest * (1 + OVERFIT)
+
+
 def strength(table: Sequence[tuple[float, float]]) -> float:
     """Of the strengths up to `LOUDEST` whose loss is the lowest, to `SAME_STRENGTH`, the one nearest to 1; 1 for an empty table."""
     quiet = [(one, loss) for one, loss in table if one <= LOUDEST]
@@ -159,6 +169,8 @@ def _reason(looks: Sequence[Validated], chosen: Validated, kind: str) -> str:
     told = f"Step {chosen.step}{'' if later else ', the last,'} is recommended: {_praise(looks, chosen, kind)}"
     if not later:
         return f"{told}, so a longer run may do still better." if _is_lowest(looks, chosen) else f"{told}."
+    if still_falls(looks):
+        return f"{told}; up to the last step the error falls, so a longer run may do still better."
     alike = [look.step for look in later if _is_sound(look) and price(look, kind) <= price(chosen, kind) * (1 + ALIKE)]
     return told + (f", and what came after, up to step {alike[-1]}, brought nothing more." if alike else ".")
 
@@ -172,8 +184,10 @@ def _praise(looks: Sequence[Validated], chosen: Validated, kind: str) -> str:
         how = "best there" if lowest.step == chosen.step else "there as well as anywhere"
         return f"pictures that it was not trained on are predicted {how} (error {_held(chosen):.3g}{without})"
     numbers = f"(error {_held(chosen):.3g}, lowest {_held(lowest):.3g} at step {lowest.step}{without})"
-    if lowest.step > chosen.step or price(lowest, kind) < price(chosen, kind):
+    if price(lowest, kind) * (1 + ALIKE) < price(chosen, kind):
         return f"of the checkpoints that were saved it does best on pictures that it was not trained on {numbers}"
+    if lowest.step > chosen.step:
+        return f"pictures that it was not trained on are predicted there nearly as well as anywhere {numbers}"
     return f"more of the look is learned there than before, and pictures that it was not trained on are still predicted well {numbers}"
 
 

@@ -148,7 +148,9 @@ def test_help_is_there_without_the_heavy_libraries() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_what_is_learned_and_the_same_command_goes_on(config_path: Path, tmp_path: Path, number: int, code: int) -> None:
     command = [sys.executable, "-m", "sdlora", "train", str(config_path), "--out", str(tmp_path / "run"), "--set", "steps=100000"]
-    child = subprocess.Popen([*command, "--set", "sample_every=0", "--set", "save_every=100000"], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*command, "--set", "sample_every=0", "--set", "save_every=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and '"step"' in metrics.read_text()):
@@ -156,8 +158,9 @@ def test_a_signal_saves_what_is_learned_and_the_same_command_goes_on(config_path
         assert child.poll() is None
         time.sleep(0.1)
     child.send_signal(number)
-    out, _ = child.communicate(timeout=60)
+    out, told = child.communicate(timeout=60)
     assert child.returncode == code
+    assert "Stopping after this step, and saving; once more ends at once" in told
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert checkpoint.name in out
     assert lora_file.read(checkpoint).ranks == [2]

@@ -80,10 +80,15 @@ def test_several_mistakes_are_told_together_and_a_key_once(tmp_path: Path) -> No
     once = ("'resolution_px' is 'large'", "'steps' is 0", "key 'step';", "key 'lora.aplha';")
     assert [words for words in once if said.count(words) != 1] == []
     assert "Valid here" not in said
-    assert ". Unknown key 'lora.aplha'; the nearest valid key is 'alpha'." in said
-    many = "".join(f"wrong_{i} = 1\n" for i in range(9)) + RUN
-    with pytest.raises(UserError, match=r"'wrong_4'.* And 4 more\.$"):
+    assert "unknown key 'lora.aplha'; the nearest valid key is 'alpha'. Unknown key 'step'; " in said
+    many = "".join(f"wrong_{i} = 1\n" for i in range(16)) + RUN
+    with pytest.raises(UserError, match=r"'wrong_11'.* And 4 more\.$"):
         config.load(written(tmp_path, many))
+
+
+def test_what_was_found_is_said_as_toml_says_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'batch' is true; "):
+        config.load(written(tmp_path, "batch = true\n" + RUN))
 
 
 def test_a_missing_config_and_a_bad_change_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks import interrupted, smallest
-from sdlora import checkpoint, course, events, files, run_folder, train
+from sdlora import checkpoint, course, events, files, run_folder, runs, train
 from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.events import Event
@@ -413,10 +413,17 @@ def test_the_same_command_goes_on_and_a_finished_run_is_left_alone(short: Whole,
     before = interrupted.contents(left)
     code, _, problem = command("train", "--resume", str(left))
     assert code == 2
-    assert "it has come to its end after 8 steps; for more of them give --set steps=N" in problem
+    assert "it has come to its end after 8 steps; for more of them give --set steps=N --allow-changes with N above 8" in problem
+    code, _, problem = command("train", "--resume", str(left), "--set", "steps=5", "--allow-changes")
+    assert code == 2
+    assert "it has come to its end after 8 steps, not 5; for more" in problem
     code, _, problem = command("train", str(path), "--out", str(left))
     assert code == 2
     assert "holds a run already" in problem
+    assert f"to train it longer, --resume {left} --set steps=N --allow-changes with N above 8." in problem
+    code, _, problem = command("train", "--resume", str(tmp_path / "nowhere"))
+    assert code == 2
+    assert "nowhere: there is no run; name the folder" in problem
     assert interrupted.contents(left) == before
 
 
@@ -450,6 +457,8 @@ def test_a_finished_run_is_lengthened_and_keeps_its_first_end(base: Path, shapes
 
     told = going(train.train(whole.run, folder, resume=True, allow_changes=True), folder, stop_at=10)
     assert continued(told).step == 8
+    assert "tiny.safetensors, its end after 8 steps, is checkpoints/tiny-000008.safetensors from now on" in continued(told).notes[-1]
+    assert runs.look(folder).steps == 12
     kept = run_folder.checkpoint_path(folder, "tiny", 8)
     assert kept.read_bytes() == first
     assert not run_folder.result_path(folder, "tiny").exists()

@@ -363,16 +363,23 @@ def test_a_file_that_diffusers_cannot_load_has_no_code_and_says_why(tmp_path: Pa
 # --- mistakes -----------------------------------------------------------------------------------------------------------------
 
 
-def stopped(run: Path) -> None:
+def without_result(run: Path) -> None:
     (run / "odile v1.safetensors").unlink()
     (run / "verdict.json").unlink()
+
+
+def stopped(run: Path) -> None:
+    without_result(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if '"done"' not in line) + "\n")
 
 
 @pytest.mark.parametrize(
     ("spoil", "wishes", "sentence"),
     [
         (lambda run: None, Wishes(checkpoint=4), r"has no checkpoint of step 4; choose one with --checkpoint STEP: .* steps 3, 6\."),
-        (stopped, Wishes(), r"has no LoRA file of its end; choose one with --checkpoint STEP: .* steps 3\."),
+        (without_result, Wishes(), r"has no LoRA file of its end; choose one with --checkpoint STEP: .* steps 3\."),
+        (stopped, Wishes(), r"has not come to its end; choose one with --checkpoint STEP: .* steps 3\."),
         (lambda run: (run / "config.toml").write_text("x ="), Wishes(), "cannot be shared: config.toml is not valid TOML"),
         (lambda run: shutil.rmtree(run), Wishes(), "cannot be shared: config.toml cannot be read"),
         (lambda run: None, Wishes(hub_id="no name"), "give the name of a repository of yours"),

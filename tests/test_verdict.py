@@ -28,6 +28,16 @@ def test_a_run_that_still_improves_gives_its_last_checkpoint_and_says_that_more_
     assert "0.46 without the LoRA" in told.reason
 
 
+def test_a_run_that_was_too_short_is_told_so_although_an_earlier_checkpoint_is_as_good() -> None:
+    told = verdict.verdict(looks([0.3, 0.25, 0.23, 0.2111, 0.21], [0.28, 0.23, 0.21, 0.19, 0.19]))
+    assert told.step == 400
+    assert "predicted there nearly as well as anywhere (error 0.211, lowest 0.21 at step 500" in told.reason
+    assert told.reason.split(";")[1] == " up to the last step the error falls, so a longer run may do still better."
+    assert not verdict.still_falls(looks([0.2, 0.1301, 0.13, 0.1302, 0.1301], [0.18, 0.1201, 0.12, 0.1199, 0.12]))
+    assert not verdict.still_falls(looks([0.3, 0.25, 0.2, 0.21], [0.28, 0.23, 0.18, 0.17]))
+    assert not verdict.still_falls(looks([None] * 3, [0.3, 0.2, 0.1]))
+
+
 def test_a_run_that_memorises_gives_the_checkpoint_before_and_says_so() -> None:
     told = verdict.verdict(looks([0.16, 0.13, 0.15, 0.3, 0.35], [0.15, 0.12, 0.119, 0.07, 0.04]))
     assert (told.step, told.overfitting) == (200, True)
