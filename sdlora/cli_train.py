@@ -61,6 +61,8 @@ def train(
     run = configs.load(paths[0], changes=changes)
     if dry_run:
         show_plan(run)
+        if resume:
+            print(f"# goes on with the run in {resume}, whose config.toml holds every value, so that all count as set")
         return
     wanted, given = Path("runs") / run.name, resume or out
     folder, goes_on = folder_for(wanted, given)

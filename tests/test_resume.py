@@ -454,6 +454,9 @@ def test_a_finished_run_is_lengthened_and_keeps_its_first_end(base: Path, shapes
     assert code == 2
     assert "steps was 8 and is 12. Give --allow-changes" in problem
     assert result(folder) == first
+    code, said, _ = command("train", "--resume", str(folder), "--set", "steps=12", "--dry-run")
+    assert code == 0
+    assert f"# goes on with the run in {folder}, whose config.toml holds every value" in said
 
     told = going(train.train(whole.run, folder, resume=True, allow_changes=True), folder, stop_at=10)
     assert continued(told).step == 8
