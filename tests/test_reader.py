@@ -52,12 +52,12 @@ def test_spoilt_stained_glass_is_read_right() -> None:
 
 @pytest.mark.parametrize("style", ["plain", "stained glass"])
 def test_pictures_of_twice_the_width_are_read_right(style: str) -> None:
-    some = scenes(30, seed=8)
+    some = scenes(20 if style == "plain" else 12, seed=8)
     assert share([reader.read(world.draw(scene, style=style, width_px=2 * world.WIDTH_PX)) == truth for truth, scene in some]) >= 0.95
 
 
 def test_ink_around_the_thing_tells_the_styles_apart() -> None:
-    some = [scene for _, scene in scenes(40, seed=4)]
+    some = [scene for _, scene in scenes(14, seed=4)]
     plain = [reader.ink_share(world.draw(scene)) for scene in some]
     glass = [reader.ink_share(world.draw(scene, style="stained glass")) for scene in some]
     assert np.quantile(plain, 0.99) < 0.01
