@@ -200,8 +200,9 @@ def _sentence(name: str, error: ErrorDetails, *, alone: bool) -> str:
         tables = [table for table, inner in TABLES.items() if table in Config.model_fields and last in inner.model_fields]
         if elsewhere := [f"{table}.{last}" for table in tables if last not in valid]:
             return f"unknown key '{name}'; it belongs into a table: {' or '.join(elsewhere)}."
-        near = difflib.get_close_matches(last, valid, n=1, cutoff=0)
-        return f"unknown key '{name}'; the nearest valid key is '{near[0]}'." + (f" Valid here: {', '.join(valid)}." if alone else "")
+        near = difflib.get_close_matches(last, valid, n=1)
+        like = f"the nearest valid key is '{near[0]}'" if near else "no valid key is like it"
+        return f"unknown key '{name}'; {like}." + (f" Valid here: {', '.join(valid)}." if alone else "")
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
     found = f"{error['input']!r} ({type(error['input']).__name__})"

@@ -58,6 +58,7 @@ def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
         (RUN + "aplha = 3\n", r"unknown key 'lora.aplha'; the nearest valid key is 'alpha'"),
         ("learning_rate = 1e-4\n" + RUN, r"unknown key 'learning_rate'; it belongs into a table: optimizer.learning_rate\."),
         ("step = 3\n" + RUN, r"unknown key 'step'; the nearest valid key is 'steps'"),
+        ("foo = 3\n" + RUN, r"unknown key 'foo'; no valid key is like it\. Valid here: base, .*steps, "),
         (RUN.replace("60", '"sixty"'), r"'steps' is 'sixty' \(str\); input should be a valid integer"),
         (RUN.replace("60", "0"), r"'steps' is 0 \(int\); input should be greater than or equal to 1"),
         (RUN.replace('"character"', '"person"'), r"'kind' is 'person' .* 'style' or 'character'"),
@@ -65,7 +66,7 @@ def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
         (RUN.replace("pip-v1", "../pip"), r"'name' is '../pip'"),
         ("base = ", r"is not valid TOML"),
     ],
-    ids=["unknown in table", "of a table", "unknown", "type", "range", "choice", "missing", "traversal", "toml"],
+    ids=["unknown in table", "of a table", "unknown", "like none", "type", "range", "choice", "missing", "traversal", "toml"],
 )
 def test_a_mistake_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
