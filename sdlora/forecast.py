@@ -126,6 +126,8 @@ class Forecast:
         ]
         if count.takes_turns:
             said.append("All parts of the base do not fit there together, so each is there when it is used; only drawing takes longer.")
+        if count.coding_bytes > count.weights_bytes + count.heaviest.peak_bytes:
+            said.append("Most is needed while pictures are encoded or drawn, so a smaller step or base would change nothing here.")
         if self.step_s is not None and self.total_s is not None:
             said.append(f"Time: {duration(self.step_s)} per step, {duration(self.total_s)} in all ({_parts(self.seconds, duration)}).")
         said.append(

@@ -157,6 +157,10 @@ def test_counts_alone_tell_memory_and_disk_but_no_time(tiny_base: Path, pictures
     assert (told.step_s, told.total_s, told.peak_bytes) == (None, None, told.counted.memory_bytes)
     assert told.disk_bytes > 0
     assert told.lines()[0].startswith("Counted, not measured")
+    step = told.counted.weights_bytes + told.counted.heaviest.peak_bytes
+    for coding, says in ((step, False), (step + 1, True)):
+        other = replace(told, counted=replace(told.counted, coding_bytes=coding))
+        assert any("Most is needed while pictures are encoded" in line for line in other.lines()) == says
     assert not any(line.startswith("Time") for line in told.lines())
 
 
