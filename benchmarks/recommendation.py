@@ -116,11 +116,11 @@ def write_data(kind: str, seed: int, folder: Path) -> None:
             shutil.copy(path, folder / path.name)
 
 
-def trained(kind: str, seed: int, folder: Path, *, steps: int, every: int) -> Config:
+def trained(kind: str, seed: int, folder: Path, *, steps: int, every: int, ema: float) -> Config:
     """The run of a seed, trained unless it has been."""
     write_data(kind, seed, folder / "data")
     rate, text_rate = RATES[kind]
-    optimizer = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "schedule": "constant", "ema": 0.98}
+    optimizer = {"learning_rate": rate, "text_encoder_learning_rate": text_rate, "schedule": "constant", "ema": ema}
     targets = {"targets": "attn-mlp-conv", "text_targets": "attn", "text_encoder": kind == "character", "rank": 16, "alpha": 16.0}
     values = {
         "base": "mini", "data": str(folder / "data"), "kind": kind, "trigger": TRIGGERS[kind], "name": "run", "steps": steps, "batch": 4,
@@ -213,7 +213,7 @@ def shows(picture: Image.Image, wanted: lead.Combination) -> bool:
 def case(options: argparse.Namespace, seed: int) -> Case:
     """All of one seed, from the folder as far as it was done before."""
     folder: Path = options.out / f"{options.kind}-{seed}"
-    run = trained(options.kind, seed, folder, steps=options.steps, every=options.every)
+    run = trained(options.kind, seed, folder, steps=options.steps, every=options.every, ema=options.ema)
     files, noted = checkpoints(folder, options.steps, options.every), folder / "looks.json"
     if not noted.exists():
         noted.write_text(json.dumps([asdict(look) for look in looks_at(run, files)], indent=1))
@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="of a run; 3072 for a style and 768 for a character if not given")
     parser.add_argument("--every", type=int, help="steps between checkpoints; a quarter of those if not given")
+    parser.add_argument("--ema", type=float, default=0.98, help="of the average of weights, of which checkpoints are made")
     parser.add_argument("--count", type=int, default=120, help="prompts for the judge, in blocks of 40")
     parser.add_argument("--most", type=int, default=400, help="prompts where more are needed to say whether the regret is small")
     options = parser.parse_args()
