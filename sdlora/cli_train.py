@@ -138,12 +138,10 @@ def refuse_unless_longer(folder: Path, run: Config) -> None:
 
     if 0 < (ended := run_folder.ended_at(folder)) < run.steps:
         return
-    more = f"for more of them give --set steps=N --allow-changes with N above {ended}"
-    said = (
-        f"it has come to its end after {ended} steps{f', not {run.steps}' if run.steps != ended else ''}; {more}"
-        if ended
-        else "none has begun there"
-    )
+    said = "none has begun there"
+    if ended:
+        fewer = f", not {run.steps}" if run.steps < ended else ""
+        said = f"it has come to its end after {ended} steps{fewer}; for more of them give {run_folder.longer_by(ended)}"
     raise UserError(f"--resume {folder}: there is no run that could go on; {said}.")
 
 

@@ -205,8 +205,8 @@ def _sentence(name: str, error: ErrorDetails, *, alone: bool) -> str:
         return f"unknown key '{name}'; {like}." + (f" Valid here: {', '.join(valid)}." if alone else "")
     if error["type"] == "missing":
         return f"key '{name}' is missing; it is needed."
-    found = f"{error['input']!r} ({type(error['input']).__name__})"
-    found = str(error["input"]).lower() if isinstance(error["input"], bool) else found  # as TOML says it
+    wrong = error["input"]
+    found = str(wrong).lower() if isinstance(wrong, bool) else f"{wrong!r} ({type(wrong).__name__})"  # as TOML says it
     if error["type"] == "string_pattern_mismatch":
         return f"'{name}' is {found}; letters, digits, spaces, dots, dashes and underscores are allowed, with a letter or digit first."
     if error["type"] in ("model_type", "dict_type"):

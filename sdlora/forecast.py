@@ -61,9 +61,14 @@ class Counted:
     takes_turns: bool = False
 
     @property
+    def step_bytes(self) -> int:
+        """The base and the heaviest batch."""
+        return self.weights_bytes + self.heaviest.peak_bytes
+
+    @property
     def memory_bytes(self) -> int:
         """All of it at the worst moment; what libraries and kernels take comes on top."""
-        return self.trained_bytes + self.data_bytes + max(self.weights_bytes + self.heaviest.peak_bytes, self.coding_bytes)
+        return self.trained_bytes + self.data_bytes + max(self.step_bytes, self.coding_bytes)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class Forecast:
         ]
         if count.takes_turns:
             said.append("All parts of the base do not fit there together, so each is there when it is used; only drawing takes longer.")
-        if count.coding_bytes > count.weights_bytes + count.heaviest.peak_bytes:
+        if count.coding_bytes > count.step_bytes:
             said.append("Most is needed while pictures are encoded or drawn, so a smaller step or base would change nothing here.")
         if self.step_s is not None and self.total_s is not None:
             said.append(f"Time: {duration(self.step_s)} per step, {duration(self.total_s)} in all ({_parts(self.seconds, duration)}).")

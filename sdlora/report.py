@@ -171,8 +171,7 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
         ("Strength says how much the LoRA changes the base: 0 is the base alone, 1 is as it was trained, in between is milder.",),
         faint=True,
     )
-    is_best = verdict is not None and verdict.step == run.steps and not verdict.warning
-    if verdict and facts.is_done and (is_best or still_falls(facts.looks)):
+    if verdict and facts.is_done and (still_falls(facts.looks) or (verdict.step == run.steps and not verdict.warning)):
         more = f"sdlora train --resume {shlex.quote(facts.folder.name)} --set steps={run.steps * 3 // 2} --allow-changes"
         yield Paragraph(
             ("A longer run may do still better. To train on from the end of this one, beside its folder: ", Code(more)), faint=True

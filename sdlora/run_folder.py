@@ -54,7 +54,7 @@ def check_free(folder: Path) -> None:
     """
     if (folder / "metrics.jsonl").exists():
         ended = ended_at(folder)
-        longer = f"; to train it longer, --resume {folder} --set steps=N --allow-changes with N above {ended}" if ended else ""
+        longer = f"; to train it longer, --resume {folder} {longer_by(ended)}" if ended else ""
         raise UserError(f"Run folder {folder} holds a run already; choose another with --out, or move it away{longer}.")
 
 
@@ -66,6 +66,11 @@ def is_unfinished(folder: Path) -> bool:
 def ended_at(folder: Path) -> int:
     """After how many steps the run in it has come to its end; 0 if it has not."""
     return _end(rows(folder))
+
+
+def longer_by(ended: int) -> str:
+    """The words of a command that lengthens a run that has come to its end."""
+    return f"--set steps=N --allow-changes with N above {ended}"
 
 
 def _end(noted: list[dict[str, Any]]) -> int:

@@ -108,9 +108,9 @@ def still_falls(looks: Sequence[Validated]) -> bool:
     known = [look for look in looks if look.step > 0 and look.loss is not None and _is_sound(look)]
     if not known:
         return False
-    last, lowest = known[-1], min(map(_held, known))
+    last = known[-1]
     before = [look for look in known if look.step <= last.step / 2]
-    return bool(before) and _held(last) <= lowest * (1 + ALIKE) and _held(before[-1]) > lowest * (1 + OVERFIT)
+    return bool(before) and _is_lowest(known, last) and _held(before[-1]) > _held(_lowest(known, last)) * (1 + OVERFIT)
 
 
 def strength(table: Sequence[tuple[float, float]]) -> float:

@@ -168,15 +168,22 @@ def measure_base(base: Base, loras: list[LoRA], settings: Request, count: int) -
     return BaseReport(count, scores(pictures, chosen)), cells
 
 
-def measure_style(base: Base, loras: list[LoRA], settings: Request, count: int) -> tuple[StyleReport, list[Cell]]:
-    """Held-out prompts without and with the LoRA at the same seeds; the LoRA's own trigger word, if it has one, only with it."""
-    chosen = held_out(count, seed=settings.seed)
+def style_pictures(
+    base: Base, loras: list[LoRA], chosen: list[Combination], settings: Request
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The same prompts and seeds without and with the LoRA; its own trigger word, if it has one, only with it."""
     prompts = [prompt_of(one) for one in chosen]
     generate.set_loras(base, [])
     without = drawn(base, prompts, settings, name="without LoRA")
     generate.set_loras(base, loras)
     trigger = lora_file.read(loras[0].path).metadata.get("modelspec.trigger_phrase", "")
-    with_style = drawn(base, [captions.with_trigger(prompt, trigger) for prompt in prompts], settings, name="with LoRA")
+    return without, drawn(base, [captions.with_trigger(prompt, trigger) for prompt in prompts], settings, name="with LoRA")
+
+
+def measure_style(base: Base, loras: list[LoRA], settings: Request, count: int) -> tuple[StyleReport, list[Cell]]:
+    """Held-out prompts, as `style_pictures` draws them."""
+    chosen = held_out(count, seed=settings.seed)
+    without, with_style = style_pictures(base, loras, chosen, settings)
     cells: list[Cell] = [([one, other], words_of(c)) for one, other, c in zip(without, with_style, chosen, strict=True)]
     return style_report(without, with_style, chosen), cells
 
