@@ -178,7 +178,8 @@ def _second_text_rate(run: Config, facts: Facts) -> Choice | None:
 
 
 def _steps(run: Config, facts: Facts) -> Choice:
-    return recipes.steps(facts.family, pictures=facts.pictures, batch=_per_step(run))
+    shown = facts.pictures - round(run.validation.share * facts.pictures)
+    return recipes.steps(facts.family, pictures=shown, batch=_per_step(run))
 
 
 def _weighting(run: Config, facts: Facts) -> Choice:
@@ -222,11 +223,11 @@ RULES: dict[str, Callable[[Config, Facts], Choice | None]] = {
     "optimizer.learning_rate": _rate,
     "optimizer.text_encoder_learning_rate": _text_rate,
     "optimizer.text_encoder_2_learning_rate": _second_text_rate,
+    "validation.share": _share,
     "steps": _steps,
     "objective.weighting": _weighting,
     "min_snr_gamma": _gamma,
     "gradient_checkpointing": _checkpointing,
-    "validation.share": _share,
     "save_every": _save_every,
     "sample_every": _with_checkpoints,
     "validation.every": _with_checkpoints,

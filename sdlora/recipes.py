@@ -173,7 +173,7 @@ def steps(family: str, *, pictures: int, batch: int) -> tuple[int, str]:
 
     Args:
         family: a key of `FAMILIES`.
-        pictures: in the set.
+        pictures: that are shown, so without those that are held out.
         batch: pictures per step.
     """
     pictures = max(1, pictures)
@@ -274,7 +274,8 @@ def recipe(kind: str, *, pictures: int, batch: int, family: str = "sd1") -> Reci
         batch: pictures per step.
         family: a key of `FAMILIES`.
     """
-    count, why_steps = steps(family, pictures=pictures, batch=batch)
+    kept, _ = share(pictures=pictures, has_folder=False, is_watched=True)
+    count, why_steps = steps(family, pictures=pictures - round(kept * pictures), batch=batch)
     size, why_rank = rank(family, kind, pictures=pictures)
     strength, _ = alpha(family, rank=size, rank_stabilised=False, finds_rate=False)
     trains_text, why_text = text_encoder(family, kind)

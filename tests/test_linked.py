@@ -192,8 +192,9 @@ def test_targets_for_sd_2_give_a_file_that_diffusers_can_load_unless_the_layout_
 def test_the_set_size_moves_steps_rank_and_what_is_held_out() -> None:
     runs = {pictures: resolved(pictures=pictures).run for pictures in (5, 19, 20, 200, 1000)}
     assert {n: one.lora.rank for n, one in runs.items()} == {5: 8, 19: 16, 20: 16, 200: 32, 1000: 32}
-    assert {n: one.steps for n, one in runs.items()} == {5: 250, 19: 950, 20: 1000, 200: 1000, 1000: 5000}
+    assert {n: one.steps for n, one in runs.items()} == {5: 250, 19: 950, 20: 900, 200: 1000, 1000: 4500}
     assert {n: one.validation.share for n, one in runs.items()} == {5: 0, 19: 0, 20: 0.1, 200: 0.1, 1000: 0.1}
+    assert "show each picture about 200 times" in resolved(pictures=20).reasons["steps"]  # the 18 that are not held out
 
 
 def test_nothing_is_held_out_beside_a_folder_or_when_nobody_looks() -> None:
