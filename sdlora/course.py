@@ -111,13 +111,8 @@ def begun(go: Course, *, resume: bool, allow_changes: bool, forecast: Mapping[st
             f"The run has ended after {ended} steps, and of that end no whole state is left to go on from; "
             f"train on from its file in a new run, with --set lora.start_from={run_folder.result_path(go.folder, run.name)}."
         )
-    if 0 < ended < run.steps:
-        place = run_folder.checkpoint_path(go.folder, run.name, ended).relative_to(go.folder)
-        notes.append(
-            f"{run.name}.safetensors, its end after {ended} steps, is {place.as_posix()} from now on, until the new end is written"
-        )
     if processes.is_first():
-        run_folder.begin(go.folder, run, step=step)
+        notes += run_folder.begin(go.folder, run, step=step)
         if state:  # a killed run may have had no time for it
             notes += checkpoint.tidy(run_folder.states_path(go.folder), keep_last=run.keep_last, keep_every=run.keep_every)
         if forecast:

@@ -88,10 +88,13 @@ def _is_result(row: dict[str, Any]) -> bool:
     return row["event"] == "saved" and path == Path(path).name != ""
 
 
-def begin(folder: Path, run: Config, *, step: int) -> None:
+def begin(folder: Path, run: Config, *, step: int) -> list[str]:
     """Makes ready for the steps after `step`: the resolved config is written, and what was noted of later steps is taken away.
 
     What an earlier end has left, after fewer steps than the run shall take now, stays as the checkpoint of its step.
+
+    Returns:
+        A sentence where such an end now is, if there is one.
 
     Raises:
         UserError: if it cannot be written.
@@ -101,28 +104,33 @@ def begin(folder: Path, run: Config, *, step: int) -> None:
     for name in REQUESTS:
         forget(folder, name)
     _sweep(folder)
-    noted = _with_end_kept(folder, run) if step else []
+    noted, told = _with_end_kept(folder, run) if step else ([], [])
     files.write(folder / "config.toml", config.to_toml(run).encode())
     kept = [row for row in noted if row.get("step", 0) <= step and not _is_of_the_end(row, run)]
     files.write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return told
 
 
-def _with_end_kept(folder: Path, run: Config) -> list[dict[str, Any]]:
-    """The lines of the metrics; if a run that had ended is lengthened, its result has become a checkpoint, also in its verdict."""
+def _with_end_kept(folder: Path, run: Config) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of the metrics; if a run that had ended is lengthened, its result has become a checkpoint, also in its verdict.
+
+    And a sentence about that, if so.
+    """
     found = rows(folder)
     ended = _end(found)
     if not 0 < ended < run.steps:
-        return found
-    path, place, told = result_path(folder, run.name), checkpoint_path(folder, run.name, ended), folder / "verdict.json"
+        return found, []
+    path, place, verdict_path = result_path(folder, run.name), checkpoint_path(folder, run.name, ended), folder / "verdict.json"
     moved = {"path": place.relative_to(folder).as_posix()}
     if path.is_file():
         files.write(place, path.read_bytes())
         with suppress(OSError, ValueError):
-            verdict = json.loads(told.read_text(encoding="utf-8"))
+            verdict = json.loads(verdict_path.read_text(encoding="utf-8"))
             if isinstance(verdict, dict) and verdict.get("path") == path.name:
-                files.write(told, json.dumps(verdict | moved, indent=2, ensure_ascii=False).encode())
+                files.write(verdict_path, json.dumps(verdict | moved, indent=2, ensure_ascii=False).encode())
         path.unlink()
-    return [row | moved if _is_result(row) else row for row in found]
+    told = f"{path.name}, its end after {ended} steps, is {moved['path']} from now on, until the new end is written"
+    return [row | moved if _is_result(row) else row for row in found], [told]
 
 
 def _is_of_the_end(row: dict[str, Any], run: Config) -> bool:
