@@ -199,6 +199,19 @@ def newest(folder: Path, *, device: torch.device | str = "cpu") -> tuple[State |
     return found, [f"State of step {step} is damaged ({damage}); {rest}." for step, damage in damaged]
 
 
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """The facts of the newest state whose description is whole, without a look at its tensors; None if there is none.
+
+    Args:
+        folder: of all states, `<run>/state`.
+    """
+    for _, path in _states(folder):
+        with suppress(_DamageError, KeyError, TypeError, ValueError, AttributeError):
+            facts: dict[str, Any] = _from_plain(_told(path)["facts"], {}, "cpu")
+            return facts
+    return None
+
+
 def _read(folder: Path, device: torch.device | str) -> State:
     try:
         told = _told(folder)

@@ -122,7 +122,8 @@ def train_many(
         train_one: trains a config in a folder, goes on with an unfinished run that is there, and returns the LoRA file.
 
     Raises:
-        UserError: if a config or the sweep is not allowed, or the folder holds other runs' comparison.
+        UserError: if a config or the sweep is not allowed, pictures or base of a run cannot be used, or the folder holds other runs'
+            comparison.
         typer.Exit: always; 0 if all are done or only shown, 130 or 143 if the user ended the queue, 1 if a run crashed, 2 if one failed.
     """
     from sdlora import config, many
@@ -130,6 +131,7 @@ def train_many(
     leads = is_first()
     jobs = many.expand(configs, changes, sweep)
     folder = out or many.default_folder(jobs, first_name=config.load(configs[0], changes=list(changes)).name)
+    many.refuse_unready(jobs, folder)
     if dry_run:
         _show_jobs(jobs, folder)
         raise typer.Exit()

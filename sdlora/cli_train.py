@@ -66,8 +66,8 @@ def train(
         return
     wanted, given = Path("runs") / run.name, resume or out
     folder, goes_on = folder_for(wanted, given)
-    if not goes_on and folder not in (wanted, given) and is_first():
-        console.print(f"Earlier runs of this name have come to their end, the first in {wanted}, so this is a new one.", soft_wrap=True)
+    if not goes_on and folder not in (wanted, given):
+        leave_if_done(wanted, folder, run)
     if resume and not goes_on:
         refuse_unless_longer(resume, run)
         goes_on = True
@@ -121,11 +121,42 @@ def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
 
     if given is not None:
         return given, run_folder.is_unfinished(given)
-    folders = [wanted, *(wanted.with_name(f"{wanted.name}-{i}") for i in range(2, 10_000))]
+    folders = numbered(wanted)
     free = next(i for i, one in enumerate(folders) if not (one / "metrics.jsonl").exists())
     if free and run_folder.is_unfinished(folders[free - 1]):
         return folders[free - 1], True
     return folders[free], False
+
+
+def numbered(first: Path) -> list[Path]:
+    """The folders that runs of one name get, in order."""
+    return [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
+
+
+def leave_if_done(first: Path, free: Path, run: Config) -> None:
+    """Says what earlier runs of a name have come to; the same settings and pictures are not trained a second time unless asked for.
+
+    Args:
+        first: the folder of the first run of that name.
+        free: the next that is free.
+
+    Raises:
+        typer.Exit: with 0 if one of them is what is asked for.
+    """
+    from sdlora import many, run_folder
+
+    folders = numbered(first)
+    earlier = folders[: folders.index(free)]
+    if same := next((folder for folder in earlier if (folder / "config.toml").is_file() and not many.differs(folder, run)), None):
+        more = f"sdlora train --resume {same} {run_folder.longer_by(run.steps)}"
+        words = f"This was done already, with the same settings and pictures: {same}. To train on from its end: {more}. "
+        if is_first():
+            console.print(f"{words}To do it all again: --out FOLDER.", soft_wrap=True)
+            console.print(f"The LoRA after the last step: {run_folder.result_path(same, run.name)}", soft_wrap=True)
+        raise typer.Exit
+    if is_first():
+        words = f"Earlier runs of this name have come to their end, the last in {earlier[-1]}, so this is a new one, from the beginning"
+        console.print(f"{words}; `--resume {earlier[-1]}` with more steps and --allow-changes trains on from an end.", soft_wrap=True)
 
 
 def refuse_unless_longer(folder: Path, run: Config) -> None:

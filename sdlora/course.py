@@ -214,7 +214,7 @@ def kept(go: Course, step: int) -> Iterator[Event]:
         with speaking(go.mover, go.trainable, go.average):
             result.save(go.ready.base, run, path, step=step, data=go.ready.data)
         told.append(noted(go, Saved(step, path), peak_bytes=memory.peak_bytes(go.ready.base.device)))
-    checkpoint.write(states, state)  # last: whoever goes on from it finds all else of its step
+    checkpoint.write(states, state)  # last: whoever goes on from it finds the LoRA file of its step
     yield from told
     for words in checkpoint.tidy(states, keep_last=run.keep_last, keep_every=run.keep_every):
         yield noted(go, Alarm(step, words))

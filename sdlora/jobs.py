@@ -125,7 +125,7 @@ def go_on(jobs: Jobs, folder: Path, *, owner: str = "") -> None:
 
 
 def lengthen(jobs: Jobs, folder: Path, *, owner: str = "") -> int:
-    """Puts a run that has come to its end in line for half as many steps more.
+    """Puts a run that has come to its end in line for more steps, see `run_folder.longer`.
 
     Returns:
         How many it shall have in all.
@@ -136,9 +136,8 @@ def lengthen(jobs: Jobs, folder: Path, *, owner: str = "") -> int:
     steps = run_folder.ended_at(folder)
     if look(jobs, folder).state not in ("done", "failed") or not steps:
         raise UserError(f"Run {folder.name} has not come to its end, so it cannot be lengthened yet; look what it does now.")
-    longer = steps + max(1, steps // 2)
-    _queue_again(jobs, folder, owner, steps=longer)
-    return longer
+    _queue_again(jobs, folder, owner, steps=run_folder.longer(steps))
+    return run_folder.longer(steps)
 
 
 def _queue_again(jobs: Jobs, folder: Path, owner: str, *, steps: int = 0) -> None:

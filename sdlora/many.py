@@ -1,8 +1,8 @@
 """Several runs from one command: a queue of configs, or a sweep over settings; `comparison` says at the end what each came to.
 
-All configs are read before the first run begins: a slip of the pen in the last of them costs a second, not a night. One run that fails
-does not stop the next. Each run has a folder of its own below the queue's, named after what is different in it, so the same command
-again finds what is done and goes on with the rest.
+All configs, bases and folders are looked at before the first run begins: a slip of the pen in the last of them costs a second, not a
+night. One run that fails does not stop the next. Each run has a folder of its own below the queue's, named after what is different in
+it, so the same command again finds what is done and goes on with the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from sdlora import comparison, config, prepare, run_folder, runs
+from sdlora import checkpoint, comparison, config, material, prepare, resuming, run_folder, runs
 from sdlora.comparison import Outcome
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -157,7 +157,8 @@ def run(jobs: Sequence[Job], folder: Path, train_one: Callable[[Config, Path], P
         Begun before each run and its Outcome after it; at the end an Outcome for each that was not begun.
 
     Raises:
-        UserError: if the folder holds the comparison of other runs, or one of these that is done with other settings, or cannot be written.
+        UserError: if the folder holds the comparison of other runs, or one of these that is done with other settings or pictures, or
+            cannot be written.
     """
     if writes:
         comparison.check_own(folder, [job.config.name for job in jobs])
@@ -205,6 +206,36 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path] |
 def _is_done(job: Job, folder: Path) -> bool:
     if runs.look(folder).state != "done":
         return False
-    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(prepare.linked_run(job.config).run):
-        raise UserError(f"Run folder {folder} holds a finished run with other settings; choose another with --out, or move it away.")
+    if others := differs(folder, job.config):
+        raise UserError(f"Run folder {folder} holds a finished run with other {others}; choose another with --out, or move it away.")
     return True
+
+
+def differs(folder: Path, run: Config) -> str:
+    """What of a run is not as in a run folder, "settings" or "pictures"; "" if the same would come out again."""
+    linked = prepare.linked_run(run).run
+    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(linked):
+        return "settings"
+    facts, found = checkpoint.newest_facts(run_folder.states_path(folder)), material.find(linked)
+    return "" if facts is None or resuming.pictures(found.samples, found.held_out).items() <= facts.items() else "pictures"
+
+
+def refuse_unready(jobs: Sequence[Job], folder: Path) -> None:
+    """What can be seen without training is said before the first run begins, not when a run's turn comes at night.
+
+    Args:
+        folder: the queue's, with the runs that are done already.
+
+    Raises:
+        UserError: if a base or the pictures of a run that is still to be done cannot be used.
+    """
+    wrong = []
+    for job in jobs:
+        if runs.look(folder / job.config.name).state == "done":
+            continue
+        try:
+            material.find_or_refuse(prepare.linked_run(job.config).run)
+        except UserError as problem:
+            wrong.append(f"{job.config.name}: {problem}")
+    if wrong:
+        raise UserError("\n".join([*wrong, "No run was begun; mend this, or leave it out."]))

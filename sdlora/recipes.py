@@ -2,8 +2,8 @@
 
 Shipped defaults of five trainers differ twentyfold in learning rate × alpha / rank, since each is right for one rank, alpha, batch and
 optimizer only. So a family has its numbers once, for rank 16 and 4 pictures per step, and what a run changes moves the rest: each
-function returns a value and the reason for it in a sentence. The embedded base has the config's own defaults. The numbers for Stable
-Diffusion are in the middle of what trusted recipes use; none has been measured here on a full-size base. They are where to begin;
+function returns a value and the reason for it in a sentence. The embedded base's numbers were measured (docs/log.md); those for Stable
+Diffusion are in the middle of what trusted recipes use, and none has been measured here on a full-size base. They are where to begin;
 sample pictures along the way say when to stop.
 """
 
@@ -49,7 +49,7 @@ class Family:
 # Rate × scale: 1e-4 lies between 2.5e-4 (hollowstrawberry) and 2e-5 (OneTrainer) for SD 1.x, 5e-5 between 1.5e-4 and 2e-5 for SDXL.
 # SDXL has 6.3 times the weights per rank (2,659,840 to 423,936), so half the rank does for a figure.
 FAMILIES: dict[str, Family] = {
-    "mini": Family("the embedded base", 1e-3, 1.0, 2400, "attn", "attn", 16, hears=True),
+    "mini": Family("the embedded base", 1e-3, 1.0, 2400, "attn-mlp-conv", "attn-mlp-conv", 16, hears=True),
     "sd1": Family("Stable Diffusion 1.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
     "sd2": Family("Stable Diffusion 2.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
     "sdxl": Family("Stable Diffusion XL", 1e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 8, hears=False),
@@ -106,11 +106,10 @@ def targets(family: str, kind: str, *, layout: str) -> tuple[str, str]:
         return "attn", "The only preset whose file all tools load: diffusers refuses an SD 2.x file with proj_in and proj_out."
     suits = FAMILIES[family]
     preset = suits.style_targets if kind == "style" else suits.character_targets
-    return preset, _WHY_TARGETS[preset]
+    return preset, "So small a base shows little of a look in its attention alone." if family == "mini" else _WHY_TARGETS[preset]
 
 
 _WHY_TARGETS = {
-    "attn": "The config's own default, for the embedded base.",
     "attn-mlp": "A figure is in attention and the layers between, and every tool loads these.",
     "attn-mlp-conv": "A style has its textures in the convolutions, and every tool loads these.",
 }

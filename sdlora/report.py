@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sdlora
-from sdlora import files, report_curves, report_facts, report_markdown, report_page, report_settings, runs
+from sdlora import files, report_curves, report_facts, report_markdown, report_page, report_settings, run_folder, runs
 from sdlora.amounts import counted, duration, size
 from sdlora.report_blocks import (
     Block,
@@ -172,7 +172,7 @@ def _usage(facts: Facts, chosen: LoRAPath | None, verdict: Verdict | None) -> It
         faint=True,
     )
     if verdict and facts.is_done and (still_falls(facts.looks) or (verdict.step == run.steps and not verdict.warning)):
-        more = f"sdlora train --resume {shlex.quote(facts.folder.name)} --set steps={run.steps * 3 // 2} --allow-changes"
+        more = f"sdlora train --resume {shlex.quote(facts.folder.name)} --set steps={run_folder.longer(run.steps)} --allow-changes"
         yield Paragraph(
             ("A longer run may do still better. To train on from the end of this one, beside its folder: ", Code(more)), faint=True
         )

@@ -38,11 +38,15 @@ def facts(run: Config, base: Base, samples: Sequence[Sample], held_out: Sequence
     return {
         "config": run.model_dump(mode="json"),
         "base": base_model.weights_hash(base),
-        "pictures": [_told(sample) for sample in samples],
-        "held_out": [_told(sample) for sample in held_out],
+        **pictures(samples, held_out),
         "versions": {"sdlora": sdlora.__version__, **{name: version(name) for name in PACKAGES}},
         "device": f"{base.device.type}, {str(base.dtype).removeprefix('torch.')}",
     }
+
+
+def pictures(samples: Sequence[Sample], held_out: Sequence[Sample]) -> dict[str, Any]:
+    """The part of `facts` that pictures, and what is said of them, are compared by."""
+    return {"pictures": [_told(sample) for sample in samples], "held_out": [_told(sample) for sample in held_out]}
 
 
 def _told(sample: Sample) -> list[Any]:

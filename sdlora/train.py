@@ -97,10 +97,10 @@ def steps(go: Course, step: int, began: float) -> Iterator[Event]:
                 yield from course.kept(go, step)
                 yield from course.stopped(go, step)
                 return
-            yield from course.looked(go, step)
             pausing = course.asked(go, "pause") and step < run.steps
             if course.is_due(run.save_every, step) or step == run.steps or pausing or course.asked(go, "save"):
                 yield from course.kept(go, step)
+            yield from course.looked(go, step)  # after saving: drawing takes long, and what it owes is made up for by `course.begun`
             if pausing:
                 yield from course.waited(go, step)
                 if course.is_stopping(go):  # saved before it waited

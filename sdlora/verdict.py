@@ -3,7 +3,8 @@
 Numbers in, words out; nothing here touches a model. The error on held-out pictures alone is lowest before a look is fully learned, and
 what is gained on a run's own pictures after that is partly the look and partly memory; so checkpoints are compared by both, see `price`.
 Looks share their pictures, timesteps and noise, so a difference between two of them is the weights' own and small ones count; still, of
-checkpoints that are as good to `ALIKE` the earliest is taken, which has memorised least and drifted least. Without held-out pictures
+checkpoints that are as good to `ALIKE` the earliest is taken, which has memorised least and drifted least, unless the error falls up to
+the end, where later is better if anything. Without held-out pictures
 memory cannot be told from learning, and the verdict says so instead of guessing.
 """
 
@@ -48,6 +49,8 @@ class Verdict:
 def recommended(looks: Sequence[Validated], *, kind: str = "style", saved: Collection[int] | None = None) -> int:
     """The step of the checkpoint to use: the earliest whose `price` is the lowest, to `ALIKE`, of those that have `KEPT`.
 
+    While the error still falls in the end, the latest of them.
+
     Without held-out pictures: the last before the loss of the training pictures rose or the LoRA broke the base.
 
     Args:
@@ -65,7 +68,8 @@ def recommended(looks: Sequence[Validated], *, kind: str = "style", saved: Colle
     dearest = _dearest(looks, sound)
     worth = [look for look in sound if _held(look) <= dearest]
     lowest = min(price(look, kind) for look in worth)
-    return next(look.step for look in worth if price(look, kind) <= lowest * (1 + ALIKE))
+    alike = [look.step for look in worth if price(look, kind) <= lowest * (1 + ALIKE)]
+    return alike[-1 if still_falls(looks) else 0]
 
 
 def _dearest(looks: Sequence[Validated], sound: Sequence[Validated]) -> float:

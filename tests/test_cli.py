@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,12 +92,19 @@ def test_set_changes_a_key_and_dry_run_shows_it_and_trains_nothing(config_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_without_out_gets_a_folder_of_its_own(config_path: Path, tmp_path: Path) -> None:
-    for again in (False, True):
-        code, said, _ = run("train", str(config_path), "--set", "steps=1", "--set", "sample_every=0", cwd=tmp_path)
-        assert code == 0
-        assert ("have come to their end, the first in runs/tiny, so this is a new one" in " ".join(said.split())) == again
+def test_a_second_run_gets_a_folder_of_its_own_and_the_same_again_is_not_trained_twice(
+    config_path: Path, pictures: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    words = ["train", str(config_path), "--set", "sample_every=0", "--set", f"data='{data}'", "--set"]
+    told = [" ".join(run(*words, f"steps={steps}", cwd=tmp_path)[1].split()) for steps in (1, 1, 2)]
+    assert ["done already, with the same settings and pictures: runs/tiny." in one for one in told] == [False, True, False]
+    assert [f"come to their end, the last in {last}, so this is a new" in told[2] for last in ("runs/tiny", "x")] == [True, False]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    next(data.glob("*.txt")).write_text("something else")
+    code, said, _ = run(*words, "steps=1", cwd=tmp_path)
+    assert (code, "runs/tiny-3" in said) == (0, True)
 
 
 def test_generate_writes_a_picture_per_prompt_and_seed_and_never_over_one(run_path: Path, tiny_base: Path, tmp_path: Path) -> None:

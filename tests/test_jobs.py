@@ -88,10 +88,10 @@ def test_jobs_run_one_after_the_other_and_one_that_fails_blocks_nobody(line: Job
 
 
 def assert_is_lengthened(line: Jobs, folder: Path) -> None:
-    """A run of 4 steps that has ended trains on to 6, its end a checkpoint; without a state of its end it says why it cannot."""
+    """A run of 4 steps that has ended trains on to 8, its end a checkpoint; without a state of its end it says why it cannot."""
     first = (folder / "cups.safetensors").read_bytes()
     states = (folder / "state").rename(folder / "elsewhere")
-    assert jobs.lengthen(line, folder, owner="c") == 6
+    assert jobs.lengthen(line, folder, owner="c") == 8
     assert wait_for(lambda: jobs.start_next(line)) == folder
     wait_for(lambda: state(line, folder) == "failed")
     assert "no whole state is left" in jobs.look(line, folder).words
@@ -99,10 +99,10 @@ def assert_is_lengthened(line: Jobs, folder: Path) -> None:
     wait_for(lambda: jobs.at_work(line) is None)
     states.rename(folder / "state")
 
-    assert jobs.lengthen(line, folder, owner="c") == 6
+    assert jobs.lengthen(line, folder, owner="c") == 8
     assert state(line, folder) == "waiting"
     assert wait_for(lambda: jobs.start_next(line)) == folder
-    wait_for(lambda: state(line, folder) == "done" and run_folder.ended_at(folder) == 6)
+    wait_for(lambda: state(line, folder) == "done" and run_folder.ended_at(folder) == 8)
     assert run_folder.checkpoint_path(folder, "cups", 4).read_bytes() == first
     assert (folder / "cups.safetensors").read_bytes() != first
 

@@ -1,6 +1,7 @@
 """Many runs from one command: what a sweep becomes, that one failure stops nothing, that nothing is done twice, and what compares them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,22 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from sdlora import cli_runs, comparison, config, files, lora_file, many, prepare, run_folder, runs, train
+from sdlora import (
+    checkpoint,
+    cli_runs,
+    comparison,
+    config,
+    files,
+    lora_file,
+    many,
+    material,
+    prepare,
+    resuming,
+    run_folder,
+    runs,
+    train,
+)
+from sdlora.checkpoint import State
 from sdlora.comparison import Outcome
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -225,6 +241,31 @@ def test_a_finished_run_with_other_settings_is_found_before_the_first_begins(pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_finished_run_with_other_pictures_is_found_too(paths: list[Path], pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    (job,) = many.expand(paths[:1], [f"data='{data}'"], [])
+    folder = pretended(job.config, tmp_path / "out/pip-v1").parent
+    found = material.find(job.config)
+    told = resuming.pictures(found.samples, found.held_out)
+    checkpoint.write(run_folder.states_path(folder), State(6, {}, [], {}, told))
+    assert [one.words for one in outcomes([job], tmp_path / "out", pretended)] == ["It was done already."]
+    next(data.glob("*.txt")).write_text("something else")
+    with pytest.raises(UserError, match="pip-v1 holds a finished run with other pictures; choose another with --out"):
+        outcomes([job], tmp_path / "out", pretended)
+
+
+def test_pictures_and_bases_are_looked_at_before_the_first_begins(paths: list[Path], pictures: Path, tmp_path: Path) -> None:
+    paths[0].write_text(paths[0].read_text().replace('"x"', f"'{pictures}'"))
+    jobs = many.expand(paths, [], [])
+    with pytest.raises(UserError, match=r"(?s)^vit: .*There is no such folder.*No run was begun") as told:
+        many.refuse_unready(jobs, tmp_path)
+    assert "pip-v1" not in str(told.value)
+    many.refuse_unready(jobs[:1], tmp_path)
+    pretended(jobs[1].config, tmp_path / "vit")
+    many.refuse_unready(jobs, tmp_path)  # what is done needs no pictures any more
+
+
 def test_the_comparison_of_other_runs_is_not_written_over(paths: list[Path], tmp_path: Path) -> None:
     outcomes(many.expand(paths[:1], [], ["lora.rank=1,2"]), tmp_path, pretended)
     before = (tmp_path / "comparison.md").read_bytes()
@@ -416,12 +457,14 @@ def test_share_says_what_was_left_out_and_where_the_folder_is(swept: tuple[Path,
     assert lora_file.read(tmp_path / "gift/tiny-rank-2.safetensors").metadata["modelspec.license"] == "cc0-1.0"
 
 
-def test_a_dry_run_lists_the_runs_and_makes_nothing(paths: list[Path], tmp_path: Path) -> None:
+def test_a_dry_run_lists_the_runs_and_makes_nothing(paths: list[Path], pictures: Path, tmp_path: Path) -> None:
     app = typer.Typer()
 
     @app.command()
     def go() -> None:
-        cli_runs.train_many(paths[:1], changes=[], sweep=["lora.rank=1,2"], out=tmp_path / "out", train_one=pretended, dry_run=True)
+        cli_runs.train_many(
+            paths[:1], changes=[f"data='{pictures}'"], sweep=["lora.rank=1,2"], out=tmp_path / "out", train_one=pretended, dry_run=True
+        )
 
     result = CliRunner().invoke(app)
     assert result.exit_code == 0
@@ -429,7 +472,7 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(paths: list[Path], tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stop_through_typer_ends_the_queue_with_its_code(paths: list[Path], tmp_path: Path) -> None:
+def test_a_stop_through_typer_ends_the_queue_with_its_code(paths: list[Path], pictures: Path, tmp_path: Path) -> None:
     def stopped(run: Config, folder: Path) -> Path:
         raise typer.Exit(143)
 
@@ -437,7 +480,7 @@ def test_a_stop_through_typer_ends_the_queue_with_its_code(paths: list[Path], tm
 
     @app.command()
     def go() -> None:
-        cli_runs.train_many(paths, changes=[], sweep=[], out=tmp_path / "out", train_one=stopped)
+        cli_runs.train_many(paths, changes=[f"data='{pictures}'"], sweep=[], out=tmp_path / "out", train_one=stopped)
 
     result = CliRunner().invoke(app)
     assert result.exit_code == 143

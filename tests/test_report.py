@@ -157,7 +157,7 @@ def test_the_verdict_comes_first_and_says_what_to_write_where(whole: Path) -> No
 def test_of_the_last_step_the_result_is_recommended(whole: Path) -> None:
     text = page_of(whole, Verdict(step=4, strength=1.0, reason="")).text
     assert "Use pip-v1.safetensors at strength 1." in text
-    assert "sdlora train --resume run --set steps=6 --allow-changes" in text
+    assert "sdlora train --resume run --set steps=8 --allow-changes" in text
 
 
 @pytest.mark.parametrize("verdict", [{}, {"step": 4, "warning": "Later ones learn by heart."}], ids=["an earlier one", "a warning"])

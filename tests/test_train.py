@@ -25,7 +25,7 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_base: Path, pictures: P
     told = list(train.train(run, tmp_path / "run"))
     assert [type(event).__name__ for event in told] == [
         *["Checking"] * 5, "Checked", *["Encoding"] * 5,
-        "Started", "Validated", "Sampled", *["Step"] * 3, "Validated", "Sampled", "Saved", *["Step"] * 3,
+        "Started", "Validated", "Sampled", *["Step"] * 3, "Saved", "Validated", "Sampled", *["Step"] * 3,
         "Validated", "Sampled", "Saved", "Done",
     ]  # fmt: skip
     started = next(one for one in told if isinstance(one, events.Started))

@@ -348,8 +348,8 @@ def test_what_has_ended_can_be_trained_longer(roots: Roots, line: Jobs, told: Pa
     (told / "cups.safetensors").write_bytes(b"")
     assert watch_actions.view(roots, line, job, "en").buttons == ("use", "longer", "put_away")
     said, _ = watch_buttons.press(roots, line, job, "longer", "me", "", "en")
-    assert "in line again, for 60 steps in all" in said
-    assert [(ticket.folder, ticket.steps) for _, ticket in job_line.tickets(roots.runs, "waiting")] == [(told.name, 60)]
+    assert "in line again, for 80 steps in all" in said
+    assert [(ticket.folder, ticket.steps) for _, ticket in job_line.tickets(roots.runs, "waiting")] == [(told.name, 80)]
     assert watch_actions.view(roots, line, job, "ko").buttons == ("stop",)
 
 
