@@ -22,6 +22,7 @@ CHUNK = 75  # tokens that CLIP reads at once
 
 _MANY = 5  # captions that are all the same are an oversight, three may be meant
 _SHOWN = 5
+_MOST_WORDS = 3  # of a trigger: a made-up name, perhaps with its class behind it
 _TAGGED = 4  # captions of so many parts are lists of tags, those of fewer are sentences
 _LATIN_ENDS = "\u024f"
 _WEIGHTED = re.compile(r"<\w+:[^>]*>|\(\s*[^()]+:\s*[\d.]+\s*\)")
@@ -78,6 +79,9 @@ def of_set(samples: Sequence[Sample], rules: Sequence[CaptionRules], *, kind: st
         elif _KNOWN.issuperset(re.findall(r"\w+", trigger.casefold())):
             what = f"The trigger word '{trigger}' is a common word, for which the base has a picture of its own."
             yield Finding("warns", "trigger-common", what, "Choose a made-up word.")
+        elif len(trigger.split()) > _MOST_WORDS:
+            what = f"The trigger word '{_clipped(trigger)}' is {len(trigger.split())} words, all of which every prompt would have to hold."
+            yield Finding("warns", "trigger-long", what, "Choose one made-up word; what else is to be seen belongs in the captions.")
     if len({sample.captions for sample in samples}) == 1 and len(samples) >= _MANY and len(samples[0].captions) == 1:
         what = f"All {len(samples)} captions are '{_clipped(samples[0].caption)}'."
         advice = "Say what each picture shows, so that only what they share is learned."

@@ -50,13 +50,22 @@ def load(path: Path, *, changes: list[str] | None = None) -> Config:
     return run.model_copy(update={"data": [_found(one, path.parent) for one in run.data]})
 
 
+_PATHS = "a path with \\ stands in single quotes, as in data = 'C:\\pictures'"
+_HINTS = {  # by how tomllib's sentence begins
+    "Invalid hex value": _PATHS,
+    "Unescaped '\\' in a string": _PATHS,
+    "Invalid value": 'words stand in quotes, as in base = "mini"',
+    "Expected newline or end of document after a statement": "one key to a line, and a point in numbers, as in 0.5",
+}
+
+
 def toml_fault(problem: Exception) -> str:
     """What is wrong with a TOML text, in words for those who have not read the format's rules."""
     said = " ".join(str(problem).split())
     twice = re.match(r"(?:Cannot overwrite a value|Cannot declare .* twice|Duplicate inline table key.*) \(at (?:line (\d+)|end)", said)
     if twice:
         return f"{f'line {twice[1]}' if twice[1] else 'the last line'} sets what another line sets too, so keep one of both"
-    return said
+    return said + next((f"; {hint}" for start, hint in _HINTS.items() if said.startswith(start)), "")
 
 
 def is_run(path: Path) -> bool:

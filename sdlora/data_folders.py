@@ -345,7 +345,8 @@ def _without_caption(picture: Path, code: str, fallback: str) -> Finding:
     }
     severity: Literal["stops", "warns", "notes"] = "stops" if not fallback else "notes" if code == "caption-missing" else "warns"
     what = found[code] + (f"; '{fallback}' is used." if fallback else ".")
-    return Finding(severity, code, what, f"Write what it shows into {picture.stem}.txt beside it.", picture)
+    for_all = "" if fallback else ", or one caption for all such pictures into [[data]]"
+    return Finding(severity, code, what, f"Write what it shows into {picture.stem}.txt beside it{for_all}.", picture)
 
 
 def _read(path: Path, alternatives: bool, findings: list[Finding]) -> tuple[str, ...] | None:

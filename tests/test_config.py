@@ -65,8 +65,27 @@ def test_changes_from_the_command_line_win(tmp_path: Path) -> None:
         (RUN.replace("base =", "# base ="), r"key 'base' is missing"),
         (RUN.replace("pip-v1", "../pip"), r"'name' is '../pip'"),
         ("base = ", r"is not valid TOML"),
+        ("base = mini", r"line 1, column 8\); words stand in quotes, as in base = \"mini\"\."),
+        ('data = "C:\\Users\\me"', r"a path with .* stands in single quotes, as in data = 'C:.pictures'"),
+        ('data = "C:\\pics"', r"a path with .* stands in single quotes"),
+        ("rate = 1,5", r"one key to a line, and a point in numbers"),
     ],
-    ids=["unknown in table", "of a table", "unknown", "like none", "type", "range", "choice", "missing", "traversal", "toml"],
+    ids=[
+        "unknown in table",
+        "of a table",
+        "unknown",
+        "like none",
+        "type",
+        "range",
+        "choice",
+        "missing",
+        "traversal",
+        "toml",
+        "no quotes",
+        "hex",
+        "backslash",
+        "comma",
+    ],
 )
 def test_a_mistake_gets_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):

@@ -344,7 +344,14 @@ def test_a_short_caption_hides_more_in_a_style_than_in_a_character() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trigger", "code"), [("dog", "trigger-common"), ("Red Cat", "trigger-common"), ("", "trigger-missing"), ("red zrk", "")]
+    ("trigger", "code"),
+    [
+        ("dog", "trigger-common"),
+        ("Red Cat", "trigger-common"),
+        ("", "trigger-missing"),
+        ("red zrk", ""),
+        ("a photo of my pip", "trigger-long"),
+    ],
 )
 def test_a_trigger_word_should_mean_nothing_yet(trigger: str, code: str) -> None:
     samples = [Sample(Path(f"{i}.png"), (f"{trigger} drawn in way {i}",)) for i in range(6)]

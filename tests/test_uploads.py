@@ -1,6 +1,7 @@
 """Pictures from a browser: what is kept is a sound picture under a plain name, what is not is refused in a sentence; originals stay."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_pictures_of_all_kinds_are_kept_byte_for_byte_with_the_captions_of_their
     assert [path.suffix for path in uploads.pictures(folder)] == [".png", ".jpg", ".webp", ".gif", ".bmp", ".tif"]
     assert [path.read_bytes() for path in uploads.pictures(folder)] == [content for _, content in came]
     assert uploads.caption_of(folder / "a.png") == "a red star"
+
+
+def test_a_caption_that_is_empty_is_none_and_one_that_cannot_be_read_keeps_its_picture(roots: Roots, tmp_path: Path) -> None:
+    texts = {"a": b"", "b": b"\xff\xfe\x00", "c": b" \n"}
+    files = [one for name, text in texts.items() for one in ((f"{name}.png", picture()), (f"{name}.txt", text))]
+    _, kept, refused = drop(roots, tmp_path, *files)
+    assert kept == 3
+    assert [re.findall(r"Caption '([abc])\.txt", one) for one in refused] == [["b"], ["c"]]
+    assert str(tmp_path) not in "".join(refused)
 
 
 def test_names_become_plain_and_no_two_share_a_caption(roots: Roots, tmp_path: Path) -> None:

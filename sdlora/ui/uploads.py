@@ -91,10 +91,15 @@ def add(roots: Roots, key: str, sources: Sequence[Path]) -> tuple[int, list[str]
             goal = _free(folder, plain_stem(path.stem), ending)
             _copy(path, goal)
             kept += 1
-            if caption := texts.get(path.stem):
-                write_caption(goal, " ".join(captions.read_caption_file(caption)))
         except UserError as problem:
             refused.append(_sentence(problem, path))
+            continue
+        caption = texts.get(path.stem)
+        if caption and caption.stat().st_size:  # one that is empty says what none says
+            try:
+                write_caption(goal, " ".join(captions.read_caption_file(caption)))
+            except UserError as problem:
+                refused.append(_sentence(problem, caption))
     lonely = [path for stem, path in texts.items() if stem not in {one.stem for one in wanted}]
     refused += [f"{shown(path)}: no picture of that name was dropped with it, so its caption is of none." for path in lonely]
     return kept, refused
