@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 import tomllib
@@ -230,6 +231,9 @@ def test_a_start_freezes_the_pictures_and_writes_settings_that_follow_from_them(
     assert run.save_every == run.steps // 10  # it followed, and was not taken as set by hand
     assert not (folder / "pictures" / picture.with_suffix(".txt").name).exists()
     assert jobs.look(line, folder).state == "waiting"
+    uploads.write_caption(picture, "")
+    with pytest.raises(UserError, match=r"'?cups'? has these pictures and settings and has not come to its end"):
+        train_actions.start(roots, line, key, form(roots), {"lora.rank": 3}, "me")
     again = train_actions.start(roots, line, key, form(roots), {}, "me")
     assert again.name == "cups-2"
 
@@ -322,6 +326,26 @@ def test_metrics_are_read_on_from_where_they_were_and_anew_when_they_were_replac
     path.with_suffix(".new").write_text('{"event": "step", "step": 9}\n')
     path.with_suffix(".new").replace(path)
     assert [row["step"] for row in watch_reading.rows(tmp_path)] == [9]
+
+
+def test_of_a_run_that_has_ended_the_pictures_are_those_of_the_checkpoint_that_it_recommends(told: Path) -> None:
+    (told / "cups-000010.safetensors").write_bytes(b"")
+    (told / "verdict.json").write_text(json.dumps({"step": 10, "strength": 1.0, "path": "cups-000010.safetensors", "reason": "Best."}))
+    assert ["With, step 10" in watch_actions.pictures(told, "en", ended=ended) for ended in (True, False)] == [True, False]
+    assert "Step 20" in watch_actions.pictures(told, "en", ended=False)
+
+
+def test_a_run_of_a_shell_is_shown_where_nothing_was_started_here_and_runs_of_a_queue_by_their_place(
+    roots: Roots, line: Jobs, told: Path
+) -> None:
+    shutil.rmtree(roots.runs / ".queue")
+    (roots.runs / "queue").mkdir()
+    goal = told.rename(roots.runs / "queue/cups")
+    watch_actions._folders.cache_clear()
+    key = key_of(roots.runs, goal)
+    assert watch_actions.current(roots, line) == key
+    assert watch_actions.choices(roots, line, "en") == [("queue/cups", key)]
+    assert ("queue/cups", key) in lora_shelf.runs_of(roots)
 
 
 def test_what_somebody_else_started_is_stopped_only_when_asked_twice(roots: Roots, line: Jobs, told: Path, key: str) -> None:

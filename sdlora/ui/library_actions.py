@@ -75,9 +75,10 @@ def shelf_of(roots: Roots, what: str, search: str, family: str, order: str, page
     draw: Callable[..., str]
     if what == "runs":
         every = [(key, lora_shelf.look(folder)) for key, folder in lora_shelf.run_folders(roots).items()]
-        runs = [pair for pair in every if (search or "").lower() in f"{pair[1].folder.name} {pair[1].trigger} {pair[1].base}".lower()]
+        told = {key: f"{lora_shelf.name_of(roots, run.folder)} {run.trigger} {run.base}".lower() for key, run in every}
+        runs = [(key, run) for key, run in every if (search or "").lower() in told[key]]
         runs.sort(key=lambda pair: -(pair[1].when_s or 0.0))
-        count, draw = len(runs), functools.partial(cards.run_cards, runs, all_count=len(every))
+        count, draw = len(runs), functools.partial(cards.run_cards, roots, runs, all_count=len(every))
     else:
         all_of_them = lora_shelf.items(roots)
         loras = lora_shelf.stacked(lora_shelf.matching(all_of_them, words=search or "", family=family or "", order=order))

@@ -99,7 +99,7 @@ def _marks(one: Item, told: Mapping[str, Path], language: str) -> str:
     return "".join(_badge(words.say(f"library.mark_{word}", language), "good") for word, path in told.items() if path == one.path)
 
 
-def run_cards(found: Sequence[tuple[str, Run]], page: int, language: str, *, all_count: int) -> str:
+def run_cards(roots: Roots, found: Sequence[tuple[str, Run]], page: int, language: str, *, all_count: int) -> str:
     """A page of cards of runs."""
     begin = PER_PAGE * (page - 1)
     cards = []
@@ -107,7 +107,15 @@ def run_cards(found: Sequence[tuple[str, Run]], page: int, language: str, *, all
         kind = {"running": "busy", "paused": "busy", "done": "good"}.get(run.state, "" if run.state == "stopped" else "bad")
         badges = [_badge(words.say(f"library.state_{run.state}", language), kind), _badge(f"{run.step} / {run.steps}")]
         picture = lora_shelf.small_picture(run_folder.newest_sample(run.folder))
-        cards.append(_card(key, run.folder.name, picture, [*badges, _badge(size(run.size_bytes))], [run.trigger, run.trouble[:90]]))
+        cards.append(
+            _card(
+                key,
+                lora_shelf.name_of(roots, run.folder),
+                picture,
+                [*badges, _badge(size(run.size_bytes))],
+                [run.trigger, run.trouble[:90]],
+            )
+        )
     return _shelf("".join(cards), len(found), page, language, all_count)
 
 

@@ -62,14 +62,20 @@ def items(roots: Roots) -> list[Item]:
     found = paths(roots)
     stems = Counter(path.stem for path in found.values())
     run_of = cache(shelf.run_of_folder)  # for this list alone: a folder becomes a run's while the page is open
-    return [_item(key, path, stems, run_of(path.parent)) for key, path in found.items()]
+    return [_item(roots, key, path, stems, run_of(path.parent)) for key, path in found.items()]
 
 
-def _item(key: str, path: Path, stems: Counter[str], run: Path | None) -> Item:
+def _item(roots: Roots, key: str, path: Path, stems: Counter[str], run: Path | None) -> Item:
     above = path.parent if path.parent.name != "checkpoints" else path.parent.parent
-    shown = path.stem if stems[path.stem] == 1 else f"{above.name}/{path.stem}"
+    shown = path.stem if stems[path.stem] == 1 else f"{name_of(roots, above)}/{path.stem}"
     size, written_ns = _stamp(path)
     return Item(key, shown.encode("utf-8", "replace").decode(), path, run, size, written_ns / 1e9)
+
+
+def name_of(roots: Roots, folder: Path) -> str:
+    """How a folder of a run, or of LoRAs, is called: by its place, as the runs of a queue lie in a folder of their own."""
+    root = next((root for root in (roots.runs, roots.loras) if folder != root and folder.is_relative_to(root)), folder.parent)
+    return folder.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
 def warm(roots: Roots) -> None:
@@ -90,7 +96,7 @@ def item(roots: Roots, key: str) -> Item:
     """
     found = paths(roots)
     path = places.find(key, found, what="LoRA")
-    return _item(key, path, Counter(one.stem for one in found.values()), shelf.run_of(path))
+    return _item(roots, key, path, Counter(one.stem for one in found.values()), shelf.run_of(path))
 
 
 def matching(found: Iterable[Item], *, words: str = "", family: str = "", order: str = "newest") -> list[Item]:
@@ -181,8 +187,8 @@ def choices_of(roots: Roots) -> list[tuple[str, str]]:
 
 
 def runs_of(roots: Roots) -> list[tuple[str, str]]:
-    """What the list of runs offers, by the folder's name."""
-    found = ((folder.name.encode("utf-8", "replace").decode(), key) for key, folder in run_folders(roots).items())
+    """What the list of runs offers, by name."""
+    found = ((name_of(roots, folder), key) for key, folder in run_folders(roots).items())
     return sorted(found, key=lambda pair: pair[0].lower())
 
 

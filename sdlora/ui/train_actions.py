@@ -11,13 +11,15 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from sdlora import jobs, plan, prepare, trial_process
+from sdlora import config, job_states, jobs, plan, prepare, resuming, trial_process
 from sdlora import material as materials
 from sdlora.amounts import duration, size
+from sdlora.config import Config
 from sdlora.errors import UserError
 from sdlora.forecast import Forecast
 from sdlora.jobs import Jobs
 from sdlora.linked import Linked
+from sdlora.material import Found
 from sdlora.memory import GIB
 from sdlora.ui import roots as places
 from sdlora.ui import train_settings as settings
@@ -182,17 +184,45 @@ def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: 
             raise UserError(f"{where}{stops[0].what} {stops[0].advice}")
     if not found.samples:
         raise UserError("There is no picture that can be trained on; drop some, and write captions or set a trigger word.")
+    base = str(Path(run.base).resolve()) if Path(run.base).exists() and run.base != "mini" else run.base
+    resolved = prepare.linked_run(run.model_copy(update={"base": base})).run  # as TOML each default would count as set
+    _refuse_twin(line, resolved, found)
     folder = jobs.reserve(line, run.name)
     try:
         uploads.freeze(source, folder / PICTURES)
-        own = [run.data[0].model_copy(update={"folder": (folder / PICTURES).resolve()})]
-        base = str(Path(run.base).resolve()) if Path(run.base).exists() and run.base != "mini" else run.base
-        resolved = prepare.linked_run(run.model_copy(update={"data": own, "base": base})).run  # as TOML each default would count as set
-        jobs.submit(line, folder, resolved, owner=owner)
+        jobs.submit(line, folder, _with_pictures(resolved, folder), owner=owner)
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)  # it is ours alone, and nothing was trained in it
         raise
     return folder
+
+
+def _with_pictures(run: Config, folder: Path) -> Config:
+    """A run on the copy of its pictures that lies in its folder."""
+    return run.model_copy(update={"data": [run.data[0].model_copy(update={"folder": (folder / PICTURES).resolve()})]})
+
+
+def _refuse_twin(line: Jobs, run: Config, found: Found) -> None:
+    """A second press of Train is no wish for the same LoRA twice.
+
+    Raises:
+        UserError: if a training that has not ended has the same settings and pictures.
+    """
+    unfinished = [job.folder for job in jobs.listed(line) if job.state in (*job_states.AT_WORK, "waiting")]
+    if twin := next((folder for folder in unfinished if _is_same(folder, run, found)), None):
+        name = uploads.shown(twin)
+        raise UserError(f"{name} has these pictures and settings and has not come to its end; change something, or wait for it.")
+
+
+def _is_same(folder: Path, run: Config, found: Found) -> bool:
+    try:
+        there = config.load(folder / "config.toml")
+    except UserError:  # taken away just now
+        return False
+    if config.to_toml(there) != config.to_toml(_with_pictures(run, folder)):
+        return False
+    own = materials.find(there)
+    return resuming.pictures(own.samples, own.held_out) == resuming.pictures(found.samples, found.held_out)
 
 
 def waits(line: Jobs, folder: Path) -> bool:

@@ -65,13 +65,12 @@ def choices(roots: Roots, line: Jobs, language: str) -> list[tuple[str, str]]:
 def _folders(roots: Roots, _: int) -> list[tuple[str, str]]:
     """The run folders by id, newest first; looked for now and then, as it takes a walk through all files."""
     every = sorted(lora_shelf.run_folders(roots).items(), key=lambda pair: -(lora_shelf.look(pair[1]).when_s or 0.0))
-    return [(key, clean(folder.name)) for key, folder in every[:MOST_LISTED]]
+    return [(key, lora_shelf.name_of(roots, folder)) for key, folder in every[:MOST_LISTED]]
 
 
 def current(roots: Roots, line: Jobs) -> str:
-    """The id of the training that matters most now; "" if there was never one."""
-    found = known(roots, line)
-    return places.key_of(roots.runs, found[0].folder) if found else ""
+    """The id of the training that matters most now, the newest of a shell if none was started here; "" if there was never one."""
+    return next((key for _, key in choices(roots, line, words.LANGUAGES[0])), "")
 
 
 def job_of(roots: Roots, line: Jobs, key: str) -> Job:
@@ -150,7 +149,7 @@ def buttons(job: Job) -> tuple[str, ...]:
 def _head(job: Job, course: readings.Course, told: Sequence[dict[str, Any]], settings: dict[str, Any], language: str) -> str:
     """The name, the state, what it means, and the numbers."""
     state = words.say(f"watch.state_{job.state}", language)
-    name, base = settings.get("name") or job.folder.name, Path(str(settings.get("base") or "")).name
+    base = Path(str(settings.get("base") or "")).name
     values = {"step": f"{course.step:,}", "steps": f"{course.steps:,}", "words": job.words}
     ends = job.state == "running" and course.step >= course.steps > 0
     said = words.say("watch.says_finishing" if ends else f"watch.says_{job.state}", language, **values)
@@ -158,7 +157,7 @@ def _head(job: Job, course: readings.Course, told: Sequence[dict[str, Any]], set
     share = course.step / course.steps if course.steps else 0.0
     bar = f'<div class="bar"><div style="width:{100 * min(1.0, share):.1f}%"></div></div>' if job.state != "waiting" else ""
     colour = COLOURS.get(job.state, "calm")
-    title = f'<h2>{_html(str(name))} <span class="badge {colour}">{_html(state)}</span></h2>'
+    title = f'<h2>{_html(job.folder.name)} <span class="badge {colour}">{_html(state)}</span></h2>'
     about = " · ".join(_html(str(one)) for one in (settings.get("trigger"), base) if one)
     warned = f'<p class="watch-alarm">{_html(alarm)}</p>' if alarm and job.state in ("running", "paused") else ""
     return (
@@ -235,11 +234,12 @@ def _figure(title: str, lines: list[Series], how: str, x_label: str) -> str:
 
 
 def pictures(folder: Path, language: str, *, ended: bool) -> str:
-    """The newest samples beside the base's own, pair by pair."""
+    """The newest samples beside the base's own, pair by pair; of a run that has ended those of the checkpoint that it recommends."""
     drawn = runs.pictures(folder)
     if not drawn:
         return ""
-    last = max(one.step for one in drawn)
+    best = lora_shelf.look(folder).best if ended else None
+    last = best.step if best and any(one.step == best.step for one in drawn) else max(one.step for one in drawn)
     first = {one.number: one for one in drawn if one.step == 0}
     newest = [one for one in drawn if one.step == last][:MOST_PAIRS]
     if last == 0:
