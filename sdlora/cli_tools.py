@@ -135,11 +135,11 @@ def check(
 
     if sheet is not None:
         _refuse_existing(sheet, ".png")
-    run, grain_px, resolution_px = _run_of(data, kind, trigger, resolution, batch)
+    run, family, grain_px, resolution_px = _run_of(data, kind, trigger, resolution, batch)
     if sheet is not None and any(sheet.resolve().is_relative_to(folder.folder.resolve()) for folder in run.data):
         raise UserError(f"{sheet} lies among the pictures, where nothing is ever written; give another place for the sheet.")
     found = materials.find(run)
-    work = materials.examined(run, found, grain_px=grain_px, resolution_px=resolution_px)
+    work = materials.examined(run, found, grain_px=grain_px, resolution_px=resolution_px, family=family)
     report: Report = _followed("looking at pictures", work, quiet=as_json)
     if sheet is not None:
         captions = [materials.plain_caption(materials.all_rules(run), sample) for sample in found.samples]
@@ -210,8 +210,8 @@ def _weighed(words: str) -> tuple[Path, float]:
     return path, numbers[0] if numbers else 1.0
 
 
-def _run_of(data: Path, kind: str | None, trigger: str, resolution: int | None, batch: int) -> tuple[Any, int, int]:
-    """The run that is meant, with the step and the resolution of its base: a folder alone is looked at as Stable Diffusion would."""
+def _run_of(data: Path, kind: str | None, trigger: str, resolution: int | None, batch: int) -> tuple[Any, str, int, int]:
+    """The run that is meant, with family, step and resolution of its base: a folder alone is looked at as Stable Diffusion would."""
     from sdlora import base_files, config, material
 
     is_toml = data.suffix == ".toml"
@@ -219,12 +219,11 @@ def _run_of(data: Path, kind: str | None, trigger: str, resolution: int | None, 
         raise UserError(f"{data} does not exist; name a folder of pictures or the TOML file of a run.")
     if is_toml and config.is_run(data):
         run = config.load(data)
-        grain_px, resolution_px = base_files.sizes_of(run.base)
-        return run, grain_px, resolution_px
+        return run, base_files.identify(run.base, family=run.family).family, *base_files.sizes_of(run.base)
     values: dict[str, Any] = {"base": "", "data": str(data), "kind": kind or "style", "trigger": trigger, "name": "check"}
     values |= {} if resolution is None else {"resolution_px": resolution}
     run = config.parse(values | ({} if is_toml else {"batch": batch}), where="check")
-    return run.model_copy(update={} if kind else {"kind": None}), material.SD_STEP_PX, 512
+    return run.model_copy(update={} if kind else {"kind": None}), "sd1", material.SD_STEP_PX, 512
 
 
 def _refuse_existing(out: Path, suffix: str | None) -> None:

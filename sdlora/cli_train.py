@@ -169,11 +169,11 @@ def refuse_unless_longer(folder: Path, run: Config) -> None:
 
     if 0 < (ended := run_folder.ended_at(folder)) < run.steps:
         return
-    said = "none has begun there"
+    said = "no run has begun there"
     if ended:
         fewer = f", not {run.steps}" if run.steps < ended else ""
-        said = f"it has come to its end after {ended} steps{fewer}; for more of them give {run_folder.longer_by(ended)}"
-    raise UserError(f"--resume {folder}: there is no run that could go on; {said}.")
+        said = f"the run has come to its end after {ended} steps{fewer}; for more of them give {run_folder.longer_by(ended)}"
+    raise UserError(f"--resume {folder}: {said}.")
 
 
 def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bool = False, forecast: Forecast | None = None) -> Path:
@@ -196,8 +196,11 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
     from sdlora import train as story  # takes seconds: what can be refused has been
 
     with progress(quiet=quiet) as bar, signals_ask_to_stop(folder, quiet=quiet) as signals:
-        bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
+        where = f"{'Going on with run' if resume else 'Run'} folder {folder}"
         for event in story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=forecast.row() if forecast else None):
+            if where:  # once nothing was refused
+                bar.print(where)
+                where = ""
             signals.begun = signals.begun or isinstance(event, events.Started)
             path = show(event, run, bar)
             if path:

@@ -22,13 +22,14 @@ import numpy as np
 from sdlora import buckets, caption_findings, dataset, picture_checks, picture_findings, views
 from sdlora.captions import CaptionRules
 from sdlora.dataset import Finding, Sample
+from sdlora.images import SUFFIXES
 from sdlora.picture_findings import Look
 from sdlora.recipes import Recipe, recipe
 from sdlora.views import Item
 
 SEVERITIES = ("stops", "warns", "notes")
 
-_LEFT_OUT = ("caption-missing", "caption-empty", "not-listed")  # by the scan, for the caption alone
+_LEFT_OUT = ("caption-missing", "caption-empty", "caption-unreadable", "not-listed")  # by the scan, for the caption alone
 _ENLARGED, _SOFT = 1.05, 1.5  # times; a picture enlarged by more than the second looks soft
 _CUT = 0.2  # share of the area
 _LONG = 3.0  # aspect ratio: no base was trained with longer pictures
@@ -101,6 +102,7 @@ def examine(
     held_out: Sequence[Sample] = (),
     regularisation: Collection[int] = (),
     token_count: Callable[[str], int] | None = None,
+    family: str = "sd1",
 ) -> Iterator[tuple[int, int] | Report]:
     """Looks at every picture and caption: yields (done, total) after each picture, and at the end the report.
 
@@ -114,8 +116,9 @@ def examine(
         held_out: samples for validation.
         regularisation: sources whose pictures are not learned; they ask for no trigger word and no balance.
         token_count: of a text, without begin and end; a lower bound is taken if not given.
+        family: of the base that settings are recommended for.
     """
-    left_out = [one.path for one in findings if one.path and one.code in _LEFT_OUT and one.path.is_file()]
+    left_out = [_picture_of(one.path) for one in findings if one.path and one.code in _LEFT_OUT and one.path.is_file()]
     every = list(dict.fromkeys([*(one.picture for one in (*samples, *held_out)), *left_out]))
     looks = yield from _looks(every, side_px=max(resolutions_px))
     readable = [i for i, one in enumerate(samples) if looks[one.picture].size_px]
@@ -136,8 +139,15 @@ def examine(
     yield Report(
         root=root([*every, *(one.path for one in all_findings if one.path)]), pictures=len(readable), held_out=len(held_out),
         findings=tuple(sorted(dict.fromkeys(all_findings), key=_worst_first)), buckets=_buckets(items), copies=copies,
-        tags=caption_findings.tag_counts(learned), items=items, recommended=_recipes(kind, learned, batch),
+        tags=caption_findings.tag_counts(learned), items=items, recommended=_recipes(kind, learned, batch, family),
     )  # fmt: skip
+
+
+def _picture_of(path: Path) -> Path:
+    """The picture that a finding is about, be it of its caption."""
+    if path.suffix.lower() in SUFFIXES:
+        return path
+    return next((one for one in sorted(path.parent.iterdir()) if one.stem == path.stem and one.suffix.lower() in SUFFIXES), path)
 
 
 def _looks(pictures: Sequence[Path], *, side_px: int) -> Generator[tuple[int, int], None, dict[Path, Look]]:
@@ -157,9 +167,9 @@ def _worst_first(finding: Finding) -> tuple[int, str, str]:
     return SEVERITIES.index(finding.severity), finding.code, str(finding.path)
 
 
-def _recipes(kind: str | None, samples: Sequence[Sample], batch: int) -> tuple[Recipe, ...]:
-    pictures = len({one.picture for one in samples})
-    return tuple(recipe(one, pictures=pictures, batch=batch) for one in ([kind] if kind else ["style", "character"]) if pictures)
+def _recipes(kind: str | None, samples: Sequence[Sample], batch: int, family: str) -> tuple[Recipe, ...]:
+    pictures, kinds = len({one.picture for one in samples}), [kind] if kind else ["style", "character"]
+    return tuple(recipe(one, pictures=pictures, batch=batch, family=family) for one in kinds if pictures)
 
 
 def steps_per_epoch(report: Report, *, batch: int) -> int:

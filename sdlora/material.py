@@ -67,19 +67,20 @@ def find(run: Config) -> Found:
 
 
 def examined(
-    run: Config, found: Found, *, grain_px: int, resolution_px: int, token_count: Callable[[str], int] | None = None
+    run: Config, found: Found, *, grain_px: int, resolution_px: int, token_count: Callable[[str], int] | None = None, family: str = "sd1"
 ) -> Iterator[tuple[int, int] | Report]:
     """The doctor's look at what was found: (done, total) after each picture, and at the end the report.
 
     Args:
         grain_px, resolution_px: as for `material`.
         token_count: of a text by the base's tokenizer.
+        family: of the base that settings are recommended for.
     """
     return dataset_report.examine(
         found.samples, found.findings, rules=all_rules(run), kind=run.kind, batch=run.batch * run.optimizer.accumulation,
         resolutions_px=resolutions(run, resolution_px), step_px=step(run, grain_px), most_aspect=run.sizes.most_aspect,
         most_shapes=run.sizes.most_shapes, upscale=run.sizes.upscale, crop=run.sizes.crop, held_out=found.held_out,
-        regularisation=[i for i, folder in enumerate(run.data) if folder.regularisation], token_count=token_count,
+        regularisation=[i for i, folder in enumerate(run.data) if folder.regularisation], token_count=token_count, family=family,
     )  # fmt: skip
 
 

@@ -292,6 +292,15 @@ def test_repeats_are_for_balance(tmp_path: Path) -> None:
     assert "unbalanced-repeats" not in {code for code, _ in found(examine(few, many, regularisation={1}))}
 
 
+def test_a_picture_whose_caption_cannot_be_read_is_still_looked_at(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", drawing(1))
+    put(tmp_path, "b.png", drawing(2))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    scan = data_folders.scan(tmp_path)
+    asked = dataset_report.examine(scan.samples, scan.findings, rules=[CaptionRules()], kind=None, batch=1, resolutions_px=[64], step_px=8)
+    assert [one for one in asked if isinstance(one, tuple)] == [(1, 2), (2, 2)]
+
+
 def test_recommended_settings_follow_kind_and_number_and_give_reasons() -> None:
     style, character = (recipes.recipe(kind, pictures=30, batch=2) for kind in ("style", "character"))
     assert (style.text_encoder, character.text_encoder) == (False, True)

@@ -24,6 +24,7 @@ from sdlora.ui.side_work import Desk
 from sdlora.ui.studio import Studio
 
 PROMPTS = "\n".join(compare_prompts.PLAIN)
+MANY = 6  # files of a run that stand beside each other
 QUIET: dict[str, Any] = {"show_progress": "hidden"}
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 CSS = """
@@ -187,17 +188,18 @@ def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
         runs, bases = lora_shelf.runs_with_loras(roots), lora_shelf.bases_of(roots)
         return gr.update(choices=found), gr.update(choices=runs), gr.update(choices=bases), said
 
-    def on_run(key: str, request: gr.Request) -> tuple[Any, str]:
-        """Chooses all checkpoints of a run."""
+    def on_run(key: str, request: gr.Request) -> tuple[Any, str, Any]:
+        """Chooses all checkpoints of a run; many stand below each other, as so many columns would be too narrow to see anything."""
         language = words.language_of(request.headers)
         try:
             name, keys = cells.checkpoints_of(roots, key)
         except UserError as problem:
-            return gr.update(), message(str(problem), kind="bad")
+            return gr.update(), message(str(problem), kind="bad"), gr.update()
         if not keys:
-            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad")
+            return gr.update(), message(words.say("compare.no_checkpoints", language, run=name), kind="bad"), gr.update()
         said = words.say("compare.checkpoints", language, count=len(keys), run=name)
-        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said)
+        rows = gr.update(value="checkpoint") if len(keys) > MANY else gr.update()
+        return gr.update(choices=lora_shelf.choices_of(roots), value=keys), message(said), rows
 
     def on_load(request: gr.Request) -> tuple[Any, ...]:
         *updates, said = on_refresh(request)
@@ -205,7 +207,7 @@ def _listing(roots: Roots, parts: Parts, demo: gr.Blocks) -> None:
 
     lists = [parts.loras, parts.run, parts.base, parts.status]
     parts.refresh.click(on_refresh, outputs=lists, api_name="compare_refresh", **QUIET)
-    parts.run.input(on_run, parts.run, [parts.loras, parts.status], api_name="compare_checkpoints", **QUIET)
+    parts.run.input(on_run, parts.run, [parts.loras, parts.status, parts.rows], api_name="compare_checkpoints", **QUIET)
     demo.load(on_load, outputs=[*lists, parts.welcome], api_visibility="private", **QUIET)
 
 
