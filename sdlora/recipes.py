@@ -49,7 +49,7 @@ class Family:
 # Rate × scale: 1e-4 lies between 2.5e-4 (hollowstrawberry) and 2e-5 (OneTrainer) for SD 1.x, 5e-5 between 1.5e-4 and 2e-5 for SDXL.
 # SDXL has 6.3 times the weights per rank (2,659,840 to 423,936), so half the rank does for a figure.
 FAMILIES: dict[str, Family] = {
-    "mini": Family("the embedded base", 1e-3, 1.0, 2400, "attn-mlp-conv", "attn-mlp-conv", 16, hears=True),
+    "mini": Family("the embedded base", 1e-3, 1.0, 4000, "attn-mlp-conv", "attn-mlp-conv", 16, hears=True),
     "sd1": Family("Stable Diffusion 1.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
     "sd2": Family("Stable Diffusion 2.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
     "sdxl": Family("Stable Diffusion XL", 1e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 8, hears=False),
