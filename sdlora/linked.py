@@ -179,7 +179,7 @@ def _second_text_rate(run: Config, facts: Facts) -> Choice | None:
 
 def _steps(run: Config, facts: Facts) -> Choice:
     shown = facts.pictures - round(run.validation.share * facts.pictures)
-    return recipes.steps(facts.family, pictures=shown, batch=_per_step(run))
+    return recipes.steps(facts.family, run.kind, pictures=shown, batch=_per_step(run))
 
 
 def _weighting(run: Config, facts: Facts) -> Choice:

@@ -30,7 +30,7 @@ class Family:
         title: as it is called in reasons.
         rate: AdamW's peak rate of the UNet's layers.
         scale: alpha / rank.
-        visits: of pictures in a run.
+        style_visits, character_visits: of pictures in a run.
         style_targets, character_targets: presets of UNet modules.
         character_rank: that of a style is 16.
         hears: whether the text encoder learns a character's name.
@@ -39,7 +39,8 @@ class Family:
     title: str
     rate: float
     scale: float
-    visits: int
+    style_visits: int
+    character_visits: int
     style_targets: str
     character_targets: str
     character_rank: int
@@ -49,10 +50,10 @@ class Family:
 # Rate × scale: 1e-4 lies between 2.5e-4 (hollowstrawberry) and 2e-5 (OneTrainer) for SD 1.x, 5e-5 between 1.5e-4 and 2e-5 for SDXL.
 # SDXL has 6.3 times the weights per rank (2,659,840 to 423,936), so half the rank does for a figure.
 FAMILIES: dict[str, Family] = {
-    "mini": Family("the embedded base", 1e-3, 1.0, 4000, "attn-mlp-conv", "attn-mlp-conv", 16, hears=True),
-    "sd1": Family("Stable Diffusion 1.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
-    "sd2": Family("Stable Diffusion 2.x", 2e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
-    "sdxl": Family("Stable Diffusion XL", 1e-4, 0.5, 4000, "attn-mlp-conv", "attn-mlp", 8, hears=False),
+    "mini": Family("the embedded base", 1e-3, 1.0, 4000, 2400, "attn-mlp-conv", "attn-mlp-conv", 16, hears=True),
+    "sd1": Family("Stable Diffusion 1.x", 2e-4, 0.5, 4000, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
+    "sd2": Family("Stable Diffusion 2.x", 2e-4, 0.5, 4000, 4000, "attn-mlp-conv", "attn-mlp", 16, hears=True),
+    "sdxl": Family("Stable Diffusion XL", 1e-4, 0.5, 4000, 4000, "attn-mlp-conv", "attn-mlp", 8, hears=False),
 }
 
 
@@ -167,16 +168,18 @@ def text_rate(unet_rate: float, *, finds_rate: bool) -> tuple[float, str]:
     return _two_digits(unet_rate / 5), "A fifth of the UNet's: the text encoder is small and easily forgets other words."
 
 
-def steps(family: str, *, pictures: int, batch: int) -> tuple[int, str]:
+def steps(family: str, kind: str, *, pictures: int, batch: int) -> tuple[int, str]:
     """The number of steps, from visits per run within what one picture needs and bears.
 
     Args:
         family: a key of `FAMILIES`.
+        kind: "style" or "character".
         pictures: that are shown, so without those that are held out.
         batch: pictures per step.
     """
     pictures = max(1, pictures)
-    visits = min(max(FAMILIES[family].visits, _LEAST * pictures), _MOST * pictures)
+    usual = FAMILIES[family].style_visits if kind == "style" else FAMILIES[family].character_visits
+    visits = min(max(usual, _LEAST * pictures), _MOST * pictures)
     unit = 50 if visits >= 250 * batch else 10
     count = min(max(unit, round(visits / batch / unit) * unit), _MOST_STEPS)
     seen = count * batch / pictures
@@ -274,7 +277,7 @@ def recipe(kind: str, *, pictures: int, batch: int, family: str = "sd1") -> Reci
         family: a key of `FAMILIES`.
     """
     kept, _ = share(pictures=pictures, has_folder=False, is_watched=True)
-    count, why_steps = steps(family, pictures=pictures - round(kept * pictures), batch=batch)
+    count, why_steps = steps(family, kind, pictures=pictures - round(kept * pictures), batch=batch)
     size, why_rank = rank(family, kind, pictures=pictures)
     strength, _ = alpha(family, rank=size, rank_stabilised=False, finds_rate=False)
     trains_text, why_text = text_encoder(family, kind)

@@ -141,7 +141,7 @@ def test_sdxl_alone_computes_again_instead_of_keeping_what_few_cards_hold() -> N
 def test_the_embedded_base_with_its_usual_set_keeps_the_defaults_of_the_config() -> None:
     made, plain = resolved("mini", kind="character").run, told({"kind": "character"})
     watched = ("save_every", "sample_every", "validation.every", "validation.share", "lora.text_encoder", "lora.text_targets")
-    watched += ("gradient_checkpointing", "lora.targets", "steps")  # more of both, see docs/log.md
+    watched += ("gradient_checkpointing", "lora.targets")  # attention alone shows 72 of 100 pips, all of it 99 (docs/log.md)
     assert [key for key in linked.RULES if value(made, key) != value(plain, key)] == [key for key in linked.RULES if key in watched]
 
 

@@ -122,9 +122,10 @@ def run_cards(roots: Roots, found: Sequence[tuple[str, Run]], page: int, languag
 def _shelf(cards: str, count: int, page: int, language: str, all_count: int) -> str:
     if not count:
         said = words.say("library.no_match" if all_count else "library.nothing", language)
-        return f'<div class="welcome">{escaped(said)}</div>'
+        return f'<div class="welcome one-page">{escaped(said)}</div>'
     said = words.say("library.count", language, shown=count, count=all_count, page=page, pages=pages(count))
-    return f'<div class="shelf">{cards}</div><div class="shelf-count">{escaped(said)}</div>'
+    alone = " one-page" if pages(count) == 1 else ""  # there is nothing to turn
+    return f'<div class="shelf">{cards}</div><div class="shelf-count{alone}">{escaped(said)}</div>'
 
 
 def pages(count: int) -> int:

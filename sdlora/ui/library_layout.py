@@ -20,13 +20,16 @@ CSS = (
     + """
 #library-status, #library-status > *, #library-cards, #library-cards > *, #library-detail, #library-detail > * { padding: 0 !important; }
 #library-pages { align-items: center; }
+:has(> #library-cards .one-page) > #library-pages { display: none; }
 #library-inside, #library-inside > * { padding: 0 !important; }
 #library-stop:disabled { background: var(--border-color-primary); color: var(--body-text-color-subdued); opacity: 1; }
 """
 )
 CHOOSE_JS = """element.addEventListener('click', (event) => {
   const card = event.target.closest('[data-key]');
-  if (card) trigger('click', {key: card.dataset.key});
+  if (!card) return;
+  trigger('click', {key: card.dataset.key});
+  if (window.innerWidth <= 700) document.querySelector('#library-chosen')?.scrollIntoView({behavior: 'smooth'});
 });"""
 
 

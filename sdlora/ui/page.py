@@ -158,6 +158,7 @@ def _theme() -> gr.themes.Base:
         button_primary_background_fill_hover="*primary_700", button_primary_text_color="white",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400", block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_400", input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        checkbox_border_color_dark="*neutral_400", checkbox_border_color="*neutral_500",
     )  # fmt: skip
 
 
