@@ -147,7 +147,7 @@ def leave_if_done(first: Path, free: Path, run: Config) -> None:
 
     folders = numbered(first)
     earlier = folders[: folders.index(free)]
-    if same := next((folder for folder in earlier if (folder / "config.toml").is_file() and not many.differs(folder, run)), None):
+    if same := next((folder for folder in earlier if many.has_been(folder, run)), None):
         more = f"sdlora train --resume {same} {run_folder.longer_by(run.steps)}"
         words = f"This was done already, with the same settings and pictures: {same}. To train on from its end: {more}. "
         if is_first():

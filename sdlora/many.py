@@ -220,6 +220,14 @@ def differs(folder: Path, run: Config) -> str:
     return "" if facts is None or resuming.pictures(found.samples, found.held_out).items() <= facts.items() else "pictures"
 
 
+def has_been(folder: Path, run: Config) -> bool:
+    """Whether a run folder holds a whole run with these settings and pictures; one that cannot be read does not."""
+    try:
+        return run_folder.ended_at(folder) > 0 and run_folder.result_path(folder, run.name).is_file() and not differs(folder, run)
+    except UserError:
+        return False
+
+
 def refuse_unready(jobs: Sequence[Job], folder: Path) -> None:
     """What can be seen without training is said before the first run begins, not when a run's turn comes at night.
 

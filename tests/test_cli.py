@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdlora import cli, files, lora_file
+from sdlora import cli, config, files, lora_file, many
 
 TOML = """
 base = '{base}'
@@ -102,6 +102,14 @@ def test_a_second_run_gets_a_folder_of_its_own_and_the_same_again_is_not_trained
     assert ["done already, with the same settings and pictures: runs/tiny." in one for one in told] == [False, True, False]
     assert [f"come to their end, the last in {last}, so this is a new" in told[2] for last in ("runs/tiny", "x")] == [True, False]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+    first = tmp_path / "runs/tiny"
+    again = config.load(first / "config.toml")
+    assert many.has_been(first, again)
+    for name, content in (("config.toml", "base ="), ("tiny.safetensors", None), ("metrics.jsonl", "")):
+        before = (first / name).read_bytes()
+        (first / name).unlink() if content is None else (first / name).write_text(content)
+        assert not many.has_been(first, again)
+        (first / name).write_bytes(before)
     next(data.glob("*.txt")).write_text("something else")
     code, said, _ = run(*words, "steps=1", cwd=tmp_path)
     assert (code, "runs/tiny-3" in said) == (0, True)

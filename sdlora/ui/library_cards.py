@@ -107,15 +107,8 @@ def run_cards(roots: Roots, found: Sequence[tuple[str, Run]], page: int, languag
         kind = {"running": "busy", "paused": "busy", "done": "good"}.get(run.state, "" if run.state == "stopped" else "bad")
         badges = [_badge(words.say(f"library.state_{run.state}", language), kind), _badge(f"{run.step} / {run.steps}")]
         picture = lora_shelf.small_picture(run_folder.newest_sample(run.folder))
-        cards.append(
-            _card(
-                key,
-                lora_shelf.name_of(roots, run.folder),
-                picture,
-                [*badges, _badge(size(run.size_bytes))],
-                [run.trigger, run.trouble[:90]],
-            )
-        )
+        name, badges = lora_shelf.name_of(roots, run.folder), [*badges, _badge(size(run.size_bytes))]
+        cards.append(_card(key, name, picture, badges, [run.trigger, run.trouble[:90]]))
     return _shelf("".join(cards), len(found), page, language, all_count)
 
 
