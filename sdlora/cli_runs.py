@@ -58,7 +58,7 @@ def runs(
 
 @several.command()
 def share(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    run: Annotated[Path, typer.Argument(help="a run folder, or the name of one in runs/")],
     out: Annotated[Path | None, typer.Option(help="the new folder, with a .zip beside it; shared/<name> if not given")] = None,
     checkpoint: Annotated[int | None, typer.Option(metavar="STEP", min=1, help="which step; what the run recommends if not given")] = None,
     keep_prompts: Annotated[
@@ -76,9 +76,11 @@ def share(
     from sdlora import share as story
 
     wishes = story.Wishes(checkpoint, keep_prompts, licence, base_model, push_to_hub)
-    made = story.share(run, out, wishes=wishes)
+    named = Path("runs") / run
+    made = story.share(named if not run.exists() and named.is_dir() else run, out, wishes=wishes)
     said = [
-        f"Step {made.choice.step} at strength {made.choice.strength:g}{f': {made.choice.reason}' if made.choice.reason else ''}",
+        f"Shared: step {made.choice.step}, to be used at strength {made.choice.strength:g}",
+        *([made.choice.reason] if made.choice.reason else []),
         "Prompts, captions' tags and names of folders are inside, for all to read."
         if keep_prompts
         else "Prompts, captions' tags and names of folders were left out; --keep-prompts puts them in.",

@@ -133,15 +133,15 @@ def _head(card: Card) -> Iterator[str]:
     yield "| | |"
     yield "| --- | --- |"
     yield f"| Trigger word | {_cell(card.trigger) if card.trigger else 'none: it speaks always'} |"
-    yield f"| Best strength | {card.strength:g}{f': {_plain(card.reason)}' if card.reason else ''} |"
+    yield f"| Best strength | {card.strength:g} |"
     yield f"| Base | {_cell(card.hub_base or card.base)} |"
     yield f"| File | {_cell(card.file)} |"
     yield f"| Licence | {_cell(card.license) if card.license else 'none is stated: ask before you use it'}; that of the base holds too |"
     if card.author:
         yield f"| Author | {_cell(card.author)} |"
     yield ""
-    for note in card.notes:
-        yield f"Note: {_plain(note)}"
+    for words in (*([card.reason] if card.reason else []), *(f"Note: {note}" for note in card.notes)):
+        yield _plain(words)
         yield ""
 
 

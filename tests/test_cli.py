@@ -113,6 +113,8 @@ def test_a_second_run_gets_a_folder_of_its_own_and_the_same_again_is_not_trained
     next(data.glob("*.txt")).write_text("something else")
     code, said, _ = run(*words, "steps=1", cwd=tmp_path)
     assert (code, "runs/tiny-3" in said) == (0, True)
+    code, said, _ = run("share", "tiny-2", cwd=tmp_path)  # by its name alone
+    assert (code, "Shared: step 2, to be used at strength 1" in said, (tmp_path / "shared").is_dir()) == (0, True, True)
 
 
 def test_generate_writes_a_picture_per_prompt_and_seed_and_never_over_one(run_path: Path, tiny_base: Path, tmp_path: Path) -> None:
