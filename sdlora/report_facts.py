@@ -167,6 +167,8 @@ def _told(row: Mapping[str, Any], following: Mapping[str, Any]) -> str:
     step = f"{int(row.get('step', 0)):,}"
     match row["event"]:
         case "started":
+            if following.get("event") == "continued" and following.get("step"):
+                return ""  # the next row tells it
             return f"Started, with {int(row['steps']):,} steps to take."
         case "continued":
             return " ".join([f"Went on after step {step}.", *(str(note) for note in row.get("notes", ()))])

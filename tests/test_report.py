@@ -258,12 +258,15 @@ def test_of_a_step_taken_twice_the_later_counts(tmp_path: Path) -> None:
 
 
 def test_what_came_after_the_step_a_run_went_back_to_is_forgotten(tmp_path: Path) -> None:
-    rows = [STARTED, step(1), step(2), step(3), sampled(3), {"event": "continued", "step": 1, "notes": ["State 2 is damaged."]}, step(2)]
+    rows = [STARTED, step(1), step(2), step(3), sampled(3), STARTED, {"event": "continued", "step": 1, "notes": ["State 2 is damaged."]}]
+    rows += [step(2)]
     folder = run_folder(tmp_path / "run", rows, samples=(3,), result=False)
     facts = report_facts.read(folder)
     assert [one.step for one in facts.steps] == [1, 2]
     assert not facts.samples
-    assert "Went on after step 1. State 2 is damaged." in page_of(folder).text
+    told = [one.words for one in facts.happenings]
+    assert told == ["Started, with 4 steps to take.", "Went on after step 1. State 2 is damaged."]  # the second start goes on, and says so
+    assert told[1] in page_of(folder).text
 
 
 def test_pauses_and_the_time_until_a_run_was_continued_do_not_count(tmp_path: Path) -> None:
