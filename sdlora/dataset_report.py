@@ -290,7 +290,8 @@ def lines(report: Report, *, batch: int) -> list[str]:
     visits, steps = sum(one.visits for one in report.buckets), steps_per_epoch(report, batch=batch)
     held = f", {report.held_out} held out" if report.held_out else ""
     epoch = f"an epoch shows {_count(visits, 'picture')} in {_count(steps, 'step')} of {batch}"
-    said = [f"{_count(report.pictures, 'picture')}{held} in {_count(len(report.buckets), 'training size')}; {epoch}."]
+    sizes = _count(len(report.buckets), "training size")
+    said = [f"{_count(report.pictures, 'picture')}{held} in {sizes}; {epoch}."] if report.pictures else []
     kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for finding in report.findings:
         kinds[finding.severity, finding.code].append(finding)

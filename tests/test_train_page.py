@@ -328,6 +328,21 @@ def test_metrics_are_read_on_from_where_they_were_and_anew_when_they_were_replac
     assert [row["step"] for row in watch_reading.rows(tmp_path)] == [9]
 
 
+def test_what_a_run_took_counts_all_of_its_starts() -> None:
+    events = [
+        ("started", 0.0),
+        ("step", 5.0),
+        ("stopped", 60.0),
+        ("started", 1000.0),
+        ("continued", 1001.0),
+        ("step", 1010.0),
+        ("done", 1030.0),
+    ]
+    told: list[dict[str, Any]] = [{"event": event, "time_s": time_s} for event, time_s in events]
+    told[-1]["elapsed_s"] = 30.0  # of the last start
+    assert watch_reading.course(told, pictures_per_step=1).total_s == 90.0
+
+
 def test_of_a_run_that_has_ended_the_pictures_are_those_of_the_checkpoint_that_it_recommends(told: Path) -> None:
     (told / "cups-000010.safetensors").write_bytes(b"")
     (told / "verdict.json").write_text(json.dumps({"step": 10, "strength": 1.0, "path": "cups-000010.safetensors", "reason": "Best."}))

@@ -89,8 +89,14 @@ def course(told: list[dict[str, Any]], *, pictures_per_step: int) -> Course:
     return Course(
         step=int(step), steps=steps, loss=_mean([_number(row.get("loss")) for row in taken[-RECENT:]]), step_s=step_s,
         left_s=None if each_s is None else max(0.0, (steps - step) * each_s), peak_bytes=peak, pictures_per_step=pictures_per_step,
-        total_s=_number(done.get("elapsed_s")) if done else None,
+        total_s=_number(done.get("elapsed_s")) + _before(told) if done else None,
     )  # fmt: skip
+
+
+def _before(told: list[dict[str, Any]]) -> float:
+    """Seconds that a run took before it last began, in all earlier starts together, as far as what they did still counts."""
+    begins = [i for i, row in enumerate(told) if row["event"] == "started"]
+    return sum(max(0.0, _number(told[j - 1].get("time_s")) - _number(told[i].get("time_s"))) for i, j in pairwise(begins))
 
 
 def _pace(told: list[dict[str, Any]], taken: list[dict[str, Any]]) -> float | None:
