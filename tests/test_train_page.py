@@ -238,6 +238,16 @@ def test_a_start_freezes_the_pictures_and_writes_settings_that_follow_from_them(
     assert again.name == "cups-2"
 
 
+def test_the_same_press_again_is_refused_also_where_pictures_are_held_out(roots: Roots, line: Jobs, key: str) -> None:
+    folder = uploads.set_folder(roots, key)
+    for i in range(20):
+        Image.new("RGB", (40, 40), (i, 2 * i, 3 * i)).save(folder / f"more-{i}.png")
+    first = train_actions.start(roots, line, key, form(roots), {}, "me")
+    assert config.load(first / "config.toml").validation.share > 0
+    with pytest.raises(UserError, match="has these pictures and settings"):
+        train_actions.start(roots, line, key, form(roots), {}, "me")
+
+
 def test_a_forecast_is_counted_at_once(roots: Roots, key: str) -> None:
     told = train_actions.counted(roots, key, form(roots), {"steps": 40}, "en")
     assert "40 steps of 4 pictures" in told
@@ -329,15 +339,8 @@ def test_metrics_are_read_on_from_where_they_were_and_anew_when_they_were_replac
 
 
 def test_what_a_run_took_counts_all_of_its_starts() -> None:
-    events = [
-        ("started", 0.0),
-        ("step", 5.0),
-        ("stopped", 60.0),
-        ("started", 1000.0),
-        ("continued", 1001.0),
-        ("step", 1010.0),
-        ("done", 1030.0),
-    ]
+    first = [("started", 0.0), ("step", 5.0), ("stopped", 60.0)]
+    events = [*first, ("started", 1000.0), ("continued", 1001.0), ("step", 1010.0), ("done", 1030.0)]
     told: list[dict[str, Any]] = [{"event": event, "time_s": time_s} for event, time_s in events]
     told[-1]["elapsed_s"] = 30.0  # of the last start
     assert watch_reading.course(told, pictures_per_step=1).total_s == 90.0

@@ -19,7 +19,6 @@ from sdlora.errors import UserError
 from sdlora.forecast import Forecast
 from sdlora.jobs import Jobs
 from sdlora.linked import Linked
-from sdlora.material import Found
 from sdlora.memory import GIB
 from sdlora.ui import roots as places
 from sdlora.ui import train_settings as settings
@@ -186,7 +185,7 @@ def start(roots: Roots, line: Jobs, key: str, form: Form, changes: Flat, owner: 
         raise UserError("There is no picture that can be trained on; drop some, and write captions or set a trigger word.")
     base = str(Path(run.base).resolve()) if Path(run.base).exists() and run.base != "mini" else run.base
     resolved = prepare.linked_run(run.model_copy(update={"base": base})).run  # as TOML each default would count as set
-    _refuse_twin(line, resolved, found)
+    _refuse_twin(line, resolved)
     folder = jobs.reserve(line, run.name)
     try:
         uploads.freeze(source, folder / PICTURES)
@@ -202,27 +201,28 @@ def _with_pictures(run: Config, folder: Path) -> Config:
     return run.model_copy(update={"data": [run.data[0].model_copy(update={"folder": (folder / PICTURES).resolve()})]})
 
 
-def _refuse_twin(line: Jobs, run: Config, found: Found) -> None:
+def _refuse_twin(line: Jobs, run: Config) -> None:
     """A second press of Train is no wish for the same LoRA twice.
 
     Raises:
         UserError: if a training that has not ended has the same settings and pictures.
     """
     unfinished = [job.folder for job in jobs.listed(line) if job.state in (*job_states.AT_WORK, "waiting")]
-    if twin := next((folder for folder in unfinished if _is_same(folder, run, found)), None):
+    if twin := next((folder for folder in unfinished if _is_same(folder, run)), None):
         name = uploads.shown(twin)
         raise UserError(f"{name} has these pictures and settings and has not come to its end; change something, or wait for it.")
 
 
-def _is_same(folder: Path, run: Config, found: Found) -> bool:
+def _is_same(folder: Path, run: Config) -> bool:
+    """Whether a run folder's copy of the pictures and its settings are those of a run; both are resolved, so the same are held out."""
     try:
         there = config.load(folder / "config.toml")
     except UserError:  # taken away just now
         return False
     if config.to_toml(there) != config.to_toml(_with_pictures(run, folder)):
         return False
-    own = materials.find(there)
-    return resuming.pictures(own.samples, own.held_out) == resuming.pictures(found.samples, found.held_out)
+    copied, own = materials.find(there), materials.find(run)
+    return resuming.pictures(copied.samples, copied.held_out) == resuming.pictures(own.samples, own.held_out)
 
 
 def waits(line: Jobs, folder: Path) -> bool:
