@@ -287,7 +287,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=400, help="prompts where more are needed to say whether the regret is small")
     options = parser.parse_args()
     options.steps = options.steps or STEPS[options.kind]
-    options.every, options.ema = options.every or options.steps // 4, options.ema or AVERAGES[options.kind]
+    options.every = options.every or options.steps // 4
+    options.ema = options.ema or AVERAGES[options.kind]
     reader.STRIDE, reader.LENGTHS = STRIDE, LENGTHS
     cases = []
     for seed in range(options.first, options.first + options.seeds):

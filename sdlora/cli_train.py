@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,7 +68,7 @@ def train(
     wanted, given = Path("runs") / run.name, resume or out
     folder, goes_on = folder_for(wanted, given)
     if not goes_on and folder not in (wanted, given):
-        leave_if_done(wanted, folder, run)
+        leave_if_done(earlier(wanted), run)
     if resume and not goes_on:
         refuse_unless_longer(resume, run)
         goes_on = True
@@ -121,42 +122,45 @@ def folder_for(wanted: Path, given: Path | None) -> tuple[Path, bool]:
 
     if given is not None:
         return given, run_folder.is_unfinished(given)
-    folders = numbered(wanted)
-    free = next(i for i, one in enumerate(folders) if not (one / "metrics.jsonl").exists())
-    if free and run_folder.is_unfinished(folders[free - 1]):
-        return folders[free - 1], True
-    return folders[free], False
+    before = earlier(wanted)
+    if before and run_folder.is_unfinished(before[-1]):
+        return before[-1], True
+    return numbered(wanted, len(before) + 1), False
 
 
-def numbered(first: Path) -> list[Path]:
-    """The folders that runs of one name get, in order."""
-    return [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
+def numbered(first: Path, number: int) -> Path:
+    """The folder of a run of a name, by how many of that name there are with it."""
+    return first if number == 1 else first.with_name(f"{first.name}-{number}")
 
 
-def leave_if_done(first: Path, free: Path, run: Config) -> None:
+def earlier(first: Path) -> list[Path]:
+    """The folders of the runs of a name that have begun, in order."""
+    return list(takewhile(lambda one: (one / "metrics.jsonl").exists(), (numbered(first, number) for number in count(1))))
+
+
+def leave_if_done(before: Sequence[Path], run: Config) -> None:
     """Says what earlier runs of a name have come to; the same settings and pictures are not trained a second time unless asked for.
 
     Args:
-        first: the folder of the first run of that name.
-        free: the next that is free.
+        before: folders of the runs of that name, at least one.
 
     Raises:
+        UserError: if the base is none that is known.
         typer.Exit: with 0 if one of them is what is asked for.
     """
-    from sdlora import many, run_folder
+    from sdlora import many, prepare, run_folder
 
-    folders = numbered(first)
-    earlier = folders[: folders.index(free)]
-    if same := next((folder for folder in earlier if many.has_been(folder, run)), None):
-        more = f"sdlora train --resume {same} {run_folder.longer_by(run.steps)}"
+    linked = prepare.linked_run(run).run
+    if same := next((folder for folder in before if many.has_been(folder, linked)), None):
+        more = f"sdlora train --resume {same} {run_folder.longer_by(linked.steps)}"
         words = f"This was done already, with the same settings and pictures: {same}. To train on from its end: {more}. "
         if is_first():
             console.print(f"{words}To do it all again: --out FOLDER.", soft_wrap=True)
             console.print(f"The LoRA after the last step: {run_folder.result_path(same, run.name)}", soft_wrap=True)
         raise typer.Exit
     if is_first():
-        words = f"Earlier runs of this name have come to their end, the last in {earlier[-1]}, so this is a new one, from the beginning"
-        console.print(f"{words}; `--resume {earlier[-1]}` with more steps and --allow-changes trains on from an end.", soft_wrap=True)
+        words = f"Earlier runs of this name have come to their end, the last in {before[-1]}, so this is a new one, from the beginning"
+        console.print(f"{words}; `--resume {before[-1]}` with more steps and --allow-changes trains on from an end.", soft_wrap=True)
 
 
 def refuse_unless_longer(folder: Path, run: Config) -> None:
@@ -196,11 +200,10 @@ def follow(run: Config, folder: Path, *, resume: bool = False, allow_changes: bo
     from sdlora import train as story  # takes seconds: what can be refused has been
 
     with progress(quiet=quiet) as bar, signals_ask_to_stop(folder, quiet=quiet) as signals:
-        where = f"{'Going on with run' if resume else 'Run'} folder {folder}"
-        for event in story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=forecast.row() if forecast else None):
-            if where:  # once nothing was refused
-                bar.print(where)
-                where = ""
+        told = forecast.row() if forecast else None
+        for i, event in enumerate(story.train(run, folder, resume=resume, allow_changes=allow_changes, forecast=told)):
+            if not i:  # nothing was refused
+                bar.print(f"{'Going on with run' if resume else 'Run'} folder {folder}")
             signals.begun = signals.begun or isinstance(event, events.Started)
             path = show(event, run, bar)
             if path:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from sdlora import recipes
 from sdlora.errors import UserError
 
 T = TypeVar("T")
@@ -152,7 +153,7 @@ def split(keys: Sequence[str], *, share: float, groups: Sequence[int] | None = N
     if len(ranked) < 2:
         found = "are all duplicates of each other" if len(keys) > 1 else "are too few to hold one out"
         raise UserError(f"The validation share is {share}, but the pictures ({len(keys)}) {found}; add others, or set the share to 0.")
-    goal, held = max(1, math.floor(share * len(keys) + 0.5)), list[int]()
+    goal, held = recipes.held_out(len(keys), share=share), list[int]()
     for one in ranked:
         if len(held) + len(one) <= min(goal, len(keys) - 1):
             held += one

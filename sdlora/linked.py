@@ -178,7 +178,7 @@ def _second_text_rate(run: Config, facts: Facts) -> Choice | None:
 
 
 def _steps(run: Config, facts: Facts) -> Choice:
-    shown = facts.pictures - round(run.validation.share * facts.pictures)
+    shown = facts.pictures - recipes.held_out(facts.pictures, share=run.validation.share)
     return recipes.steps(facts.family, run.kind, pictures=shown, batch=_per_step(run))
 
 

@@ -206,22 +206,29 @@ def _outcome(job: Job, folder: Path, train_one: Callable[[Config, Path], Path] |
 def _is_done(job: Job, folder: Path) -> bool:
     if runs.look(folder).state != "done":
         return False
-    if others := differs(folder, job.config):
+    if others := differs(folder, prepare.linked_run(job.config).run):
         raise UserError(f"Run folder {folder} holds a finished run with other {others}; choose another with --out, or move it away.")
     return True
 
 
 def differs(folder: Path, run: Config) -> str:
-    """What of a run is not as in a run folder, "settings" or "pictures"; "" if the same would come out again."""
-    linked = prepare.linked_run(run).run
-    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(linked):
+    """What of a run is not as in a run folder, "settings" or "pictures"; "" if the same would come out again.
+
+    Args:
+        run: resolved (see `prepare.linked_run`).
+    """
+    if config.to_toml(config.load(folder / "config.toml")) != config.to_toml(run):
         return "settings"
-    facts, found = checkpoint.newest_facts(run_folder.states_path(folder)), material.find(linked)
+    facts, found = checkpoint.newest_facts(run_folder.states_path(folder)), material.find(run)
     return "" if facts is None or resuming.pictures(found.samples, found.held_out).items() <= facts.items() else "pictures"
 
 
 def has_been(folder: Path, run: Config) -> bool:
-    """Whether a run folder holds a whole run with these settings and pictures; one that cannot be read does not."""
+    """Whether a run folder holds a whole run with these settings and pictures; one that cannot be read does not.
+
+    Args:
+        run: resolved, as for `differs`.
+    """
     try:
         return run_folder.ended_at(folder) > 0 and run_folder.result_path(folder, run.name).is_file() and not differs(folder, run)
     except UserError:

@@ -237,6 +237,11 @@ def share(*, pictures: int, has_folder: bool, is_watched: bool) -> tuple[float, 
     return _SHARE, "What was never trained on shows when the rest is learned by heart."
 
 
+def held_out(pictures: int, *, share: float) -> int:
+    """How many of some pictures a share is: rounded to whole ones, and at least one; 0 for none."""
+    return max(1, math.floor(share * pictures + 0.5)) if share else 0
+
+
 def _within(value: float, limits: tuple[float, float]) -> float:
     return min(max(value, limits[0]), limits[1])
 
@@ -277,7 +282,7 @@ def recipe(kind: str, *, pictures: int, batch: int, family: str = "sd1") -> Reci
         family: a key of `FAMILIES`.
     """
     kept, _ = share(pictures=pictures, has_folder=False, is_watched=True)
-    count, why_steps = steps(family, kind, pictures=pictures - round(kept * pictures), batch=batch)
+    count, why_steps = steps(family, kind, pictures=pictures - held_out(pictures, share=kept), batch=batch)
     size, why_rank = rank(family, kind, pictures=pictures)
     strength, _ = alpha(family, rank=size, rank_stabilised=False, finds_rate=False)
     trains_text, why_text = text_encoder(family, kind)

@@ -4,8 +4,8 @@ Numbers in, words out; nothing here touches a model. The error on held-out pictu
 what is gained on a run's own pictures after that is partly the look and partly memory; so checkpoints are compared by both, see `price`.
 Looks share their pictures, timesteps and noise, so a difference between two of them is the weights' own and small ones count; still, of
 checkpoints that are as good to `ALIKE` the earliest is taken, which has memorised least and drifted least, unless the error falls up to
-the end, where later is better if anything. Without held-out pictures
-memory cannot be told from learning, and the verdict says so instead of guessing.
+the end, where later is better if anything. Without held-out pictures memory cannot be told from learning, and the verdict says so
+instead of guessing.
 """
 
 from __future__ import annotations

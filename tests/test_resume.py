@@ -471,8 +471,11 @@ def test_a_finished_run_is_lengthened_and_keeps_its_first_end(base: Path, shapes
     code, _, problem = command("train", "--resume", str(folder))
     assert (code, problem) == (0, "")
     assert result(folder) == result(whole.folder)
-    told, wanted = (sorted(interrupted.story(one), key=lambda row: (row.get("step", 0), row["event"])) for one in (folder, whole.folder))
-    assert told == wanted  # but for the first end, which was written after it was looked at
+    told, wanted = interrupted.story(folder), interrupted.story(whole.folder)
+    (end,) = [row for row in wanted if row["event"] == "saved" and row["step"] == 8]  # of the first end, written after it was looked at
+    told.remove(end)
+    wanted.remove(end)
+    assert told == wanted
     assert [*run_folder.checkpoints(folder, "tiny")] == [2, 4, 6, 8, 10]
     assert kept.read_bytes() == first
 

@@ -35,6 +35,7 @@ def test_a_run_that_was_too_short_is_told_so_and_its_end_is_recommended_although
     assert told.reason.endswith("so a longer run may do still better.")
     told = verdict.verdict(looks([0.3, 0.25, 0.23, 0.2111, 0.21], [0.28, 0.23, 0.21, 0.19, 0.2]))
     assert told.step == 400
+    assert "predicted there nearly as well as anywhere (error 0.211, lowest 0.21 at step 500" in told.reason
     assert told.reason.split(";")[1] == " up to the last step the error falls, so a longer run may do still better."
     assert not verdict.still_falls(looks([0.2, 0.1301, 0.13, 0.1302, 0.1301], [0.18, 0.1201, 0.12, 0.1199, 0.12]))
     assert not verdict.still_falls(looks([0.3, 0.25, 0.2, 0.21], [0.28, 0.23, 0.18, 0.17]))

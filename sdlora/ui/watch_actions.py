@@ -70,7 +70,8 @@ def _folders(roots: Roots, _: int) -> list[tuple[str, str]]:
 
 def current(roots: Roots, line: Jobs) -> str:
     """The id of the training that matters most now, the newest of a shell if none was started here; "" if there was never one."""
-    return next((key for _, key in choices(roots, line, words.LANGUAGES[0])), "")
+    keys = [places.key_of(roots.runs, job.folder) for job in known(roots, line)]
+    return next(iter(keys or [key for key, _ in _folders(roots, int(time.time() / LIST_S))]), "")
 
 
 def job_of(roots: Roots, line: Jobs, key: str) -> Job:
