@@ -49,6 +49,7 @@ from sdlora import (
     optimizer,
     prepare,
     processes,
+    recorded,
     train,
 )
 from sdlora import material as materials
@@ -58,7 +59,8 @@ from sdlora.mini.tokens import build_tokenizer
 
 FAMILIES = ("mini", "block", "sd15", "sdxl")
 PIECES = {
-    "fused": "one autograd function per linear", "shared": "q, k and v asked together", "flat": "one tensor, fused AdamW",
+    "fused": "one autograd function per linear", "shared": "q, k and v asked together",
+    "flat": "one tensor, fused AdamW, without which nothing is recorded", "recorded": "operations noted once and played",
     "cached": "latents and text kept", "whole": "linears as they came, not in 8 bits",
 }  # fmt: skip
 TOLERANCE = 1e-5
@@ -170,6 +172,8 @@ def ours(options: argparse.Namespace, without: str) -> Runner:
         optimizer.OPTIMIZERS["adamw"] = replace(optimizer.OPTIMIZERS["adamw"], shapeless=False)
     if without == "shared":
         lora_attention.share_inputs = lambda model: 0
+    if without == "recorded":
+        recorded.record = lambda *some: False
     if without == "fused":
         lora.LoRALayer._plain = lambda self, x: None  # type: ignore[method-assign]
     go, caching_s = our_course(options, quantise="int8" if without == "whole" else "none")

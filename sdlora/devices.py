@@ -41,3 +41,12 @@ def key(*parts: int) -> int:
 def generator(*parts: int) -> torch.Generator:
     """A CPU generator for a key such as (seed, step): numbers drawn there are the same on every device."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+def seed(device: torch.device, *parts: int) -> None:
+    """Sets the streams that dropout draws from; `torch.manual_seed` would note it for each kind of device that is not there, every time."""
+    torch.default_generator.manual_seed(key(*parts))
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(key(*parts))
+    elif device.type == "mps":
+        torch.mps.manual_seed(key(*parts))

@@ -45,6 +45,7 @@ class Variant:
 
 
 PLAIN = Variant()
+Factors = Callable[["Adapter"], tuple[Tensor, ...]]
 
 
 class Adapter(nn.Module):
@@ -75,14 +76,14 @@ class Adapter(nn.Module):
         self.alpha, self.rank = alpha, len(down)  # the number of rows of A
         self.variant = variant
         self.strength = 1.0
-        self._two_factors = magnitude is None and not relative  # this and the next are asked of every adapter in every step
-        self._drops = max(variant.network_dropout, variant.rank_dropout, variant.module_dropout) > 0
-        self.current: tuple[Tensor, ...] | None = None  # A, B and, if there is one, m while `lora_flat.spread` lasts
+        self.two_factors = magnitude is None and not relative  # this and the next are asked of every adapter in every step
+        self.drops = max(variant.network_dropout, variant.rank_dropout, variant.module_dropout) > 0
+        self.current: Factors | None = None  # gives A, B and, if there is one, m while `lora_flat.spread` lasts
 
     @property
     def is_plain(self) -> bool:
         """Whether it adds scale · B A x and does nothing else now."""
-        return self._two_factors and not (self.training and self._drops)
+        return self.two_factors and not (self.training and self.drops)
 
     @property
     def scale(self) -> float:
@@ -103,8 +104,8 @@ class Adapter(nn.Module):
         turned = x * (self._gain(base) - 1).to(x.dtype)
         return operate(base, turned) * self.strength + self._low_rank(base, x + turned) * self.scale
 
-    def say(self, current: tuple[Tensor, ...] | None) -> None:
-        """Answers with these from now on, or with its own; set past `nn.Module`, which would ask each time whether it is a weight."""
+    def say(self, current: Factors | None) -> None:
+        """Answers with what this gives, or with its own; set past `nn.Module`, which would ask each time whether it is a weight."""
         object.__setattr__(self, "current", current)
 
     def spoken(self) -> tuple[Tensor, Tensor]:
@@ -117,14 +118,14 @@ class Adapter(nn.Module):
         return self._counted(self.down, self.up)
 
     def _now(self) -> tuple[Tensor, ...]:
-        return self.current or tuple(self.parameters())
+        return self.current(self) if self.current else tuple(self.parameters())
 
     def _counted(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """A and B; if relative, [A; A - A₀] and [B - B₀, B₀], whose product is B A - B₀ A₀.
 
         The differences are taken in fp32 because the small steps of training would vanish from A and B themselves in bf16 or fp16.
         """
-        if self._two_factors or self.start_down is None or self.start_up is None:
+        if self.two_factors or self.start_down is None or self.start_up is None:
             return down, up
         return torch.cat([down, down - self.start_down]), torch.cat([up - self.start_up, self.start_up], dim=1)
 

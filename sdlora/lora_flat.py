@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -46,26 +47,39 @@ def tie(flat: Flat) -> None:
 
 
 @contextmanager
-def spread(flats: Sequence[Flat], adapters: Sequence[Adapter], dtype: torch.dtype) -> Iterator[None]:
+def spread(
+    flats: Sequence[Flat], adapters: Sequence[Adapter], dtype: torch.dtype, *, wholes: Sequence[Tensor] | None = None
+) -> Iterator[None]:
     """While it lasts the adapters answer with factors through which gradients reach the whole; that takes in the way back.
 
     Args:
         flats: none, and the adapters go on with their own weights.
         adapters: all whose weights are in them.
         dtype: of the base. Where adapters take differences or norms of their weights, all stay in fp32.
+        wholes: what stands in the place of each flat's own numbers.
     """
-    exact = any(one.magnitude is not None or one.start_down is not None for one in adapters)
-    views: dict[int, Tensor] = {}
-    for flat in flats:
-        pieces = torch.split(flat.whole if exact else flat.whole.to(dtype), _sizes(flat))
-        views |= {id(part): piece.view(part.shape) for part, piece in zip(flat.parts, pieces, strict=True)}
+    exact = any(not one.two_factors for one in adapters)
+
+    @cache
+    def views() -> dict[int, Tensor]:
+        """Made when the first adapter answers."""
+        found: dict[int, Tensor] = {}
+        for flat, whole in zip(flats, wholes or [flat.whole for flat in flats], strict=True):
+            pieces = torch.split(whole if exact else whole.to(dtype), _sizes(flat))
+            found |= {id(part): piece.view(part.shape) for part, piece in zip(flat.parts, pieces, strict=True)}
+        return found
+
+    def factors(one: Adapter) -> tuple[Tensor, ...]:
+        return tuple(views()[id(part)] for part in one._parameters.values() if part is not None)
+
+    before = [one.current for one in adapters]
     try:
         for one in adapters if flats else ():
-            one.say(tuple(views[id(part)] for part in one._parameters.values() if part is not None))
+            one.say(factors)
         yield
     finally:
-        for one in adapters:
-            one.say(None)
+        for one, was in zip(adapters, before, strict=True):
+            one.say(was)
 
 
 def _sizes(flat: Flat) -> list[int]:

@@ -151,7 +151,7 @@ def accumulated(go: Course, step: int) -> Tensor:
     run, base, parts = go.run, go.ready.base, go.run.optimizer.accumulation
     total = torch.zeros((), device=base.device)
     for batch_index in range((step - 1) * parts, step * parts):
-        torch.manual_seed(devices.key(run.seed, batch_index, 29))  # dropout draws from the global stream, as checkpointing replays it
+        devices.seed(base.device, run.seed, batch_index, 29)  # dropout draws from the global stream, as checkpointing replays it
         with lora_flat.spread(go.trained.flats, go.trained.adapters, base.dtype):
             batch = gather(run, go.ready, batch_index=batch_index)
             if batch:
