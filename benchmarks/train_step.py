@@ -51,6 +51,7 @@ from sdlora import (
     processes,
     recorded,
     train,
+    winograd,
 )
 from sdlora import material as materials
 from sdlora.course import Course
@@ -61,7 +62,8 @@ FAMILIES = ("mini", "block", "sd15", "sdxl")
 PIECES = {
     "fused": "one autograd function per linear", "shared": "q, k and v asked together",
     "flat": "one tensor, fused AdamW, without which nothing is recorded", "recorded": "operations noted once and played",
-    "cached": "latents and text kept", "whole": "linears as they came, not in 8 bits",
+    "winograd": "3x3 convolutions with fewer products on a CPU", "cached": "latents and text kept",
+    "whole": "linears as they came, not in 8 bits",
 }  # fmt: skip
 TOLERANCE = 1e-5
 WIDTHS, KIND = [320, 640], "CrossAttn{}Block2D"  # of "block"
@@ -174,6 +176,8 @@ def ours(options: argparse.Namespace, without: str) -> Runner:
         lora_attention.share_inputs = lambda model: 0
     if without == "recorded":
         recorded.record = lambda *some: False
+    if without == "winograd":
+        winograd.use = lambda model: 0
     if without == "fused":
         lora.LoRALayer._plain = lambda self, x: None  # type: ignore[method-assign]
     go, caching_s = our_course(options, quantise="int8" if without == "whole" else "none")

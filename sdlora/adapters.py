@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from sdlora import averaging, base_model, deltas, devices, lora, lora_attention, lora_file, lora_flat, optimizer, recorded
+from sdlora import averaging, base_model, deltas, devices, lora, lora_attention, lora_file, lora_flat, optimizer, recorded, winograd
 from sdlora.base_model import Base
 from sdlora.config import Config
 from sdlora.errors import UserError
@@ -142,6 +142,7 @@ def trained(base: Base, run: Config) -> Trained:
     for group in made.param_groups:
         group["text"] = id(group["params"][0]) not in unet
     lora_attention.share_inputs(base.unet)
+    winograd.use(base.unet)
     for part in base.parts.values():
         own = [adapter for layer in lora.layers(part).values() for adapter in layer.each_adapter()]
         weights = {id(weight) for one in own for weight in one.parameters()}

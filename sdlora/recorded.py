@@ -26,6 +26,7 @@ from sdlora import lora_flat
 from sdlora.lora_adapters import Adapter
 from sdlora.lora_flat import Flat
 
+NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)  # the same numbers under another name
 
 
@@ -172,10 +173,12 @@ class Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.names[answer] = self.name(args[0])
             return answer
         every = answer if isinstance(answer, (tuple, list)) else (answer,)
-        self.is_fit &= all(one is None or isinstance(one, Tensor) for one in every)  # a number would be this step's in all others
+        self.is_fit &= _is_alike(func, args)
         reads: list[str] = []
         given = [self._code(one, reads) for one in args] + [f"{key}={self._code(one, reads)}" for key, one in (kwargs or {}).items()]
-        makes = [self.new(one) if isinstance(one, Tensor) and one not in self.names else "_" for one in every]  # "_": done in place
+        makes = [
+            self.new(one) if isinstance(one, Tensor) and one not in self.names else "_" for one in every
+        ]  # "_": it was there, or is a size
         goal = f"[{', '.join(makes)}]" if isinstance(answer, (tuple, list)) else makes[0]
         self.lines.append(Line(f"{goal} = {self._constant(func._op)}({', '.join(given)})", reads, [one for one in makes if one != "_"]))
         return answer
@@ -201,6 +204,13 @@ class Notes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, (tuple, list)):
             return f"[{', '.join(self._code(one, reads) for one in value)}]"
         return repr(value) if value is None or isinstance(value, (bool, int)) else self._constant(value)
+
+
+def _is_alike(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation's answer is of one shape whatever numbers it is given, and is no number itself."""
+    if func is torch.ops.aten.index.Tensor:
+        return all(one is None or one.dtype != torch.bool for one in args[1])
+    return NUMBERS.isdisjoint(func.tags)
 
 
 # --- playing ------------------------------------------------------------------------------------------------------------------

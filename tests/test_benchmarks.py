@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import full_finetune, generate, peers, train_step
-from sdlora import lora, lora_attention, optimizer, train
+from sdlora import lora, lora_attention, optimizer, recorded, train, winograd
 
 Turn = Callable[[int], dict[str, float]]
 
@@ -40,6 +40,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     for place, name in (
         (lora.LoRALayer, "_plain"), (lora_attention, "share_inputs"), (train, "gather"), (optimizer, "OPTIMIZERS"),
+        (recorded, "record"), (winograd, "use"),
     ):  # fmt: skip
         kept = getattr(place, name)
         monkeypatch.setattr(place, name, dict(kept) if isinstance(kept, dict) else kept)
@@ -93,7 +94,7 @@ def test_no_speed_is_printed_of_what_learns_something_else(
     assert len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("piece", [*train_step.PIECES])
+@pytest.mark.parametrize("piece", sorted({*train_step.PIECES} - {"recorded", "winograd"}))
 def test_a_piece_that_is_left_out_is_not_there(words: list[str], whole: dict[str, float], here: list[str], piece: str) -> None:
     with train_step.contender(words, f"ours without {piece}") as turn:
         less = turn(0)
@@ -105,6 +106,21 @@ def test_a_piece_that_is_left_out_is_not_there(words: list[str], whole: dict[str
         assert less["traffic_bytes"] != whole["traffic_bytes"]
     else:
         assert less["launches"] > whole["launches"]
+
+
+@pytest.mark.parametrize(("piece", "place", "work"), [("recorded", recorded, "played"), ("winograd", winograd, "convolved")])
+def test_how_operations_are_done_can_be_left_out(
+    words: list[str], here: list[str], monkeypatch: pytest.MonkeyPatch, piece: str, place: Any, work: str
+) -> None:
+    real, kept, calls = getattr(place, work), (recorded.record, winograd.use), list[str]()
+    monkeypatch.setattr(place, work, lambda *given, **named: calls.append(work) or real(*given, **named))
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 8)
+    for name in (f"ours without {piece}", "ours"):
+        assert not calls
+        with train_step.contender(words, name) as turn:
+            assert turn(1)["step_s"] > 0
+        recorded.record, winograd.use = kept
+    assert calls
 
 
 def test_a_contender_in_a_process_of_its_own_answers(words: list[str]) -> None:

@@ -12,8 +12,8 @@ HOUSE = (
     (
         "pure parts",
         "buckets captions images noise loss averaging deltas lora_names lora_metadata int8 lora_adapters lora_fused lora_flat "
-        "lora lora_attention recorded optimizer picture_checks recipes amounts model_card charts report_blocks report_style "
-        "report_markdown verdict prompts png_settings mini.world",
+        "lora lora_attention recorded winograd optimizer picture_checks recipes amounts model_card charts report_blocks "
+        "report_style report_markdown verdict prompts png_settings mini.world",
     ),
     (
         "disk and models",

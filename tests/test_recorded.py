@@ -233,6 +233,29 @@ def test_a_model_that_decides_by_numbers_is_not_recorded() -> None:
     assert torch.equal(said[0], said[2])
 
 
+def test_attention_as_gpus_do_it_can_be_noted() -> None:
+    """It answers with sizes, too, which are the same in all steps."""
+    some = [torch.empty(1, 2, 16, 8, device="meta", dtype=torch.bfloat16) for _ in range(3)]
+    notes = recorded.Notes(some)
+    with notes:
+        torch.ops.aten._scaled_dot_product_flash_attention(*some)
+        torch.ops.aten._scaled_dot_product_efficient_attention(*some, None, True)
+    assert notes.is_fit
+    assert len(notes.lines) == 2
+
+
+@pytest.mark.parametrize("ask", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: bool((x > 0).all())])
+def test_what_asks_for_numbers_cannot(ask: Callable[[Tensor], object]) -> None:
+    x = torch.tensor([1.0, -1.0])
+    notes = recorded.Notes([x])
+    with notes:
+        _ = x[torch.tensor([1, 0])] + 1
+    assert notes.is_fit
+    with notes:
+        ask(x)
+    assert not notes.is_fit
+
+
 def test_nothing_of_a_step_stays_after_it(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, trained = opened(tiny_base)
     step(base, trained, 0)
