@@ -57,17 +57,20 @@ def forecast(run: config.Config, *, work: bool) -> Forecast:
 
 
 def happened(run: config.Config, folder: Path, *, work: bool) -> dict[str, Any]:
-    """Trains, and says what it took, under the forecast's names."""
+    """Trains, and says what it took, under the names of `Forecast.row`."""
     now = time.process_time if work else time.perf_counter
     born = 0.0 if work else time.perf_counter() - (time.time() - psutil.Process().create_time())
-    last, each = now(), []
+    last, each, ends = now(), list[float](), list[float]()
     for event in train.train(run, folder):
         if isinstance(event, events.Step):
             each.append(now() - last if work else event.step_s)
         last = now()
-    total = now() - born
+        if isinstance(event, (events.Step, events.Saved)):
+            ends.append(last)
+    total, course = now() - born, ends[-1] - ends[0] + each[0]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"step_s": statistics.fmean(each), "total_s": total, "peak_bytes": memory.peak_bytes(devices.best_device()), "disk_bytes": size}
+    found = {"step_s": statistics.fmean(each), "course_s": course, "total_s": total}
+    return found | {"peak_bytes": memory.peak_bytes(devices.best_device()), "disk_bytes": size}
 
 
 if __name__ == "__main__":

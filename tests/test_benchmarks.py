@@ -6,14 +6,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import full_finetune, generate, peers, train_step
-from sdlora import lora, lora_attention, optimizer, recorded, train, winograd
+from benchmarks import forecast, full_finetune, generate, peers, train_step
+from sdlora import config, lora, lora_attention, optimizer, recorded, train, winograd
+from sdlora.forecast import Forecast
 
 Turn = Callable[[int], dict[str, float]]
 
@@ -156,6 +158,16 @@ def test_the_peers_caching_is_its_encoding_without_the_opening(words: list[str],
     monkeypatch.setattr(peers, "keep", taking(1, peers.keep))
     options = train_step.arguments(words)
     assert [train_step.theirs(options, caches=caches).caching_s for caches in (True, False)] == [1, 0]
+
+
+@pytest.mark.parametrize("work", [False, True])
+def test_what_happens_has_the_names_of_what_is_forecast(tiny_base: Path, pictures: Path, tmp_path: Path, work: bool) -> None:
+    values = {"base": str(tiny_base), "data": str(pictures), "kind": "style", "name": "tiny", "steps": 3, "batch": 1, "report": False}
+    run = config.parse(values | {"sample_every": 0, "validation": {"every": 0}, "lora": {"rank": 2}}, where="test")
+    found = forecast.happened(run, tmp_path / "run", work=work)
+    names = Forecast.row(cast(Forecast, SimpleNamespace(**dict.fromkeys(found))))
+    assert set(found) == set(names)
+    assert 0 < found["step_s"] < found["course_s"] < found["total_s"]
 
 
 REFUSED = {
